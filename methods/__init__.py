@@ -1,0 +1,52 @@
+"""Mixtures of adapters as a PEFT tuner.
+
+    import moabench.methods                                   # PEFT now knows mixtures
+    config = moabench.methods.load("moa_sparse")
+    model = peft.get_peft_model(base, config)                 # save_pretrained / PeftModel.from_pretrained work as usual
+    with moabench.methods.record(model) as rec:               # routing and auxiliary losses of the passes inside
+        out = model(**batch)
+
+Importing this package is cheap: torch, transformers and PEFT load at the first use of what needs them, and the tuner registers itself
+with PEFT whenever PEFT is imported, before or after.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import wrapt
+
+_HOME = {
+    "MixtureConfig": "config",
+    "load": "config",
+    "peft_config": "config",
+    "MixtureModel": "tuner",
+    "param_count": "tuner",
+    "attach": "config",
+    "record": "recorder",
+    "capture_routing": "recorder",
+    "Recorder": "recorder",
+    "Routing": "routing",
+    "ConfigError": "spec",
+    "Router": "router",
+    "LinearRouter": "router",
+    "Experts": "bank",
+    "LinearExperts": "bank",
+    "FeedForwardExperts": "bank",
+    "AttentionExperts": "bank",
+    "Loss": "losses",
+    "Param": "params",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@wrapt.when_imported("peft")
+def _register(peft: Any) -> None:
+    importlib.import_module(f"{__name__}.tuner").register()

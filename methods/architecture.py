@@ -1,0 +1,198 @@
+"""Where the parts of a stock transformers model are: decoder layers, and in each the linears a method may name by role.
+
+Roles are q, k, v, o, gate, up, down. A fused linear (Phi-3's qkv_proj, gate_up_proj) serves several roles, each a slice of its output.
+Nothing here knows a model class: modules are found by the names in `ATTENTION`, `FEED_FORWARD` and `LINEARS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moabench.kernels import lowrank
+
+from .spec import ConfigError
+
+ATTENTION = ("self_attn", "attention", "attn")
+FEED_FORWARD = ("mlp", "feed_forward", "ffn")
+LINEARS = {  # role(s) -> attribute names, within attention for q, k, v, o and within the feed-forward block for the rest
+    ("q",): ("q_proj",),
+    ("k",): ("k_proj",),
+    ("v",): ("v_proj",),
+    ("q", "k", "v"): ("qkv_proj",),
+    ("o",): ("o_proj", "out_proj"),
+    ("gate",): ("gate_proj", "w1"),
+    ("up",): ("up_proj", "w3"),
+    ("gate", "up"): ("gate_up_proj",),
+    ("down",): ("down_proj", "w2"),
+}
+INPUTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # roles that read the same tensor
+PEFT_NAMES = {
+    role: tuple(n for roles, names in LINEARS.items() if role in roles for n in names) for roles in INPUTS for role in roles
+}
+
+
+@dataclass
+class Place:
+    """One role of one decoder layer: `parent.attribute` is its linear, `columns` the role's slice of its output."""
+
+    role: str
+    parent: nn.Module
+    attribute: str
+    columns: slice
+    shape: tuple[int, int]  # (d_in, d_out) of the role
+
+    @property
+    def linear(self) -> nn.Module:
+        """The frozen linear, whether or not it is wrapped."""
+        return base_of(getattr(self.parent, self.attribute))
+
+
+class DecoderLayer:
+    """The parts of one decoder layer by role."""
+
+    def __init__(self, name: str, module: nn.Module, config) -> None:
+        self.name, self.module = name, module
+        self.attention = _child(module, ATTENTION)
+        self.feed_forward_name = next((n for n in FEED_FORWARD if hasattr(module, n)), None)
+        self.config = config
+        self.places = {place.role: place for place in self._find()}
+
+    def _find(self) -> Iterator[Place]:
+        text = getattr(self.config, "text_config", self.config)
+        heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kv = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+        widths = {"q": heads * head_dim, "k": kv, "v": kv}
+        for roles, names in LINEARS.items():
+            parent = self.attention if roles[0] in "qkvo" else base_of(self.feed_forward)
+            attribute = next((n for n in names if parent is not None and hasattr(parent, n)), None)
+            if attribute is None:
+                continue
+            linear = base_of(getattr(parent, attribute))
+            start = 0
+            for role in roles:
+                width = linear.out_features if len(roles) == 1 else widths.get(role, linear.out_features // len(roles))
+                yield Place(role, parent, attribute, slice(start, start + width), (linear.in_features, width))
+                start += width
+
+    @property
+    def feed_forward(self) -> nn.Module | None:
+        return getattr(self.module, self.feed_forward_name) if self.feed_forward_name else None
+
+    @property
+    def width(self) -> int:
+        return self.places["q"].shape[0]
+
+    def require(self, roles) -> None:
+        """Raise ConfigError naming what was sought and what the layer has, unless every role is there."""
+        missing = [r for r in roles if r not in self.places]
+        if missing:
+            sought = {r: "|".join(PEFT_NAMES[r]) for r in missing}
+            there = ", ".join(n for n, m in self.module.named_modules() if n and not list(m.children()))
+            raise ConfigError(
+                f"no place for {', '.join(missing)} in decoder layer '{self.name}': sought linears named {sought} in "
+                f"{'|'.join(ATTENTION)} or {'|'.join(FEED_FORWARD)}; the layer has: {there}."
+            )
+
+
+def base_of(module: nn.Module | None) -> nn.Module | None:
+    """The module under our wrapper, or the module itself."""
+    return getattr(module, "base_layer", module)
+
+
+def _child(module: nn.Module, names) -> nn.Module | None:
+    return next((base_of(getattr(module, n)) for n in names if hasattr(module, n)), None)
+
+
+def is_decoder_layer(module: nn.Module) -> bool:
+    """True for a module that holds an attention with a query projection of its own."""
+    attention = _child(module, ATTENTION)
+    return attention is not None and any(hasattr(attention, n) for n in PEFT_NAMES["q"])
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Decoder layers by qualified name. Raises ConfigError listing what was looked for where there are none."""
+    layers = {name: m for name, m in model.named_modules() if is_decoder_layer(m)}
+    if not layers:
+        kinds = sorted(
+            {f"{n.rpartition('.')[2]} ({type(m).__name__})" for n, m in model.named_modules() if n and not list(m.children())}
+        )
+        raise ConfigError(
+            f"{type(model).__name__} has no decoder layer that a mixture can attach to: sought modules with a child "
+            f"{'|'.join(ATTENTION)} that has {'|'.join(PEFT_NAMES['q'])}; the model's innermost modules are {', '.join(kinds[:40])}."
+        )
+    return layers
+
+
+def frozen_linears(places: list[Place]) -> list[nn.Module]:
+    """The distinct linears of places that read the same input, in order."""
+    return list({id(p.linear): p.linear for p in places}.values())
+
+
+def project(linears: list[nn.Module], x: Tensor, a: Tensor, dropout: float = 0.0) -> tuple[list[Tensor], Tensor]:
+    """Frozen outputs of `linears` and the projection `A drop(x)` of x [T, d]; a is [R, d].
+
+    Plain nn.Linear layers share one autograd node with the projection; quantised or otherwise special ones run as they are.
+    """
+    plain = all(type(m) is nn.Linear for m in linears)
+    if plain and not dropout:
+        return lowrank.linear_shrink(x, [(m.weight, m.bias) for m in linears], a)
+    return [m(x) for m in linears], lowrank.shrink(nn.functional.dropout(x, dropout) if dropout else x, a)
+
+
+class FeedForward:
+    """The frozen feed-forward block of one layer, taken apart."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        self.module = base_of(layer.feed_forward)
+        self.places = layer.places
+
+    @property
+    def activation(self) -> str:
+        """Name of the block's activation among kernels.mix_ffn.ACTIVATIONS. Raises ConfigError for one that is not there."""
+        function = getattr(self.module, "act_fn", None) or getattr(self.module, "activation_fn", None)
+        name = type(function).__name__
+        known = {
+            "SiLU": "silu",
+            "SiLUActivation": "silu",
+            "ReLU": "relu",
+            "GELUTanh": "gelu_tanh",
+            "PytorchGELUTanh": "gelu_tanh",
+        }
+        known |= {"GELU": "gelu", "GELUActivation": "gelu"}
+        if name not in known:
+            raise ConfigError(f"feed-forward activation {name}: expected one of {', '.join(sorted(known))}.")
+        return known[name]
+
+    def gate_up_shrink(self, x: Tensor, a: Tensor, dropout: float) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Frozen gate and up outputs [T, f] each, and `A drop(x)` [T, R]."""
+        places = [self.places["gate"], self.places["up"]]
+        ys, s = project(frozen_linears(places), x, a, dropout)
+        return (ys[0], ys[1]) if len(ys) == 2 else tuple(ys[0][:, p.columns] for p in places), s
+
+    def down(self, h: Tensor) -> Tensor:
+        """The frozen down projection of h [T, f]."""
+        return self.places["down"].linear(h)
+
+
+def keys_values(layer: DecoderLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Frozen keys and values of x [N, d] without positions, [N, H, head_dim] each, repeated over grouped query heads.
+
+    A model that normalises its keys (Qwen3 by head, OLMo2 over all heads) does so here too.
+    """
+    attention, q, k = layer.attention, layer.places["q"], layer.places["k"]
+    head_dim = attention.head_dim
+    out = {r: layer.places[r].linear(x)[:, layer.places[r].columns] for r in ("k", "v")}
+    norm = getattr(attention, "k_norm", None)
+    keys, values = out["k"], out["v"].unflatten(-1, (-1, head_dim))
+    if norm is not None and norm.weight.shape[0] == k.shape[1]:
+        keys = norm(keys)
+    keys = keys.unflatten(-1, (-1, head_dim))
+    if norm is not None and norm.weight.shape[0] == head_dim != k.shape[1]:
+        keys = norm(keys)
+    groups = q.shape[1] // k.shape[1]
+    return torch.repeat_interleave(keys, groups, 1), torch.repeat_interleave(values, groups, 1)

@@ -1,0 +1,263 @@
+"""The methods: one YAML a method in conf/method, read as plain data and turned into validated mixtures. Imports no torch.
+
+A method is one or more mixtures (site x experts x router + losses), or a reference point that routes nothing: `tuner: peft` (PEFT's own
+LoRA), `full` (every base parameter trains) or `none` (the frozen base).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .bank import Experts, LinearExperts
+from .losses import Loss
+from .router import Router
+from .spec import ConfigError, build, drop_stale, nearest
+
+PLACES = ("q", "k", "v", "attention", "o", "up", "gate", "down", "ffn")  # order of a block router's outputs, as in the MoA code
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One router (a site) and the banks it governs.
+
+    site: `linear`, a router on every target linear; `ffn`, one on the feed-forward block; `block`, one a decoder layer that governs
+    experts at several places. input: what a block router reads: `raw`, the layer's input, or `normed`, what its attention reads.
+    gates: `expert`, one router output for each expert; `family`, one for each bank; or a mapping from bank to the bank whose output
+    it uses (every bank then still owns an output).
+    """
+
+    name: str
+    site: Literal["linear", "ffn", "block"]
+    input: Literal["raw", "normed"]
+    gates: str | dict[str, str]
+    banks: dict[str, Experts]
+    router: Router
+    losses: dict[str, Loss]
+
+    @property
+    def routed(self) -> bool:
+        return self.router.kind != "none"
+
+    @property
+    def experts(self) -> tuple[tuple[str, str, int], ...]:
+        """(bank, place, index) of each expert that a `block` or `ffn` router governs, in the order of its outputs."""
+        found = [
+            (place, bank, i)
+            for bank, part in self.banks.items()
+            for place in (part.targets if isinstance(part, LinearExperts) else (part.place,))
+            for i in range(part.n)
+        ]
+        order = {place: i for i, place in enumerate(PLACES)}
+        return tuple((bank, place, i) for place, bank, i in sorted(found, key=lambda e: order[e[0]]))
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Names of the router's outputs."""
+        if self.site == "linear":
+            return tuple(f"{bank}{i}" for bank, part in self.banks.items() for i in range(part.n))
+        if self.gates != "expert":
+            return tuple(self.banks)
+        many = len({(bank, i) for bank, _, i in self.experts}) > len(self.banks)
+        places = [p if isinstance(self.banks[b], LinearExperts) else b for b, p, _ in self.experts]
+        return tuple(f"{p}{e[2]}" if many else p for p, e in zip(places, self.experts, strict=True))
+
+    def column(self, bank: str, place: str, index: int) -> int:
+        """Router output that scales expert `index` of `bank` at `place`."""
+        if self.gates == "expert":
+            return self.experts.index((bank, place, index))
+        gate = self.gates.get(bank, bank) if isinstance(self.gates, dict) else bank
+        return list(self.banks).index(gate)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A validated method."""
+
+    name: str
+    tuner: Literal["mixture", "peft", "full", "none"]
+    mixtures: tuple[Mixture, ...]
+    dora: bool
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _MethodKeys:
+    """Top-level keys of a method's YAML."""
+
+    name: str
+    about: str = ""
+    paper: str = ""
+    tuner: Literal["mixture", "peft", "full", "none"] = "mixture"
+    dora: bool = False
+    site: Literal["linear", "ffn", "block"] = "linear"
+    input: Literal["raw", "normed"] = "normed"
+    gates: Literal["expert", "family"] | dict = "expert"
+    experts: dict = field(default_factory=dict)
+    router: dict = field(default_factory=lambda: {"kind": "none"})
+    losses: dict | None = None
+    also: dict | None = None
+
+
+@dataclass(frozen=True)
+class _MixtureKeys:
+    """Keys of a further mixture under `also`."""
+
+    site: Literal["linear", "ffn", "block"] = "linear"
+    input: Literal["raw", "normed"] = "normed"
+    gates: Literal["expert", "family"] | dict = "expert"
+    experts: dict = field(default_factory=dict)
+    router: dict = field(default_factory=lambda: {"kind": "none"})
+    losses: dict | None = None
+
+
+def folder() -> Path:
+    """conf/method, wherever the package is installed."""
+    return Path(next(iter(find_spec("moabench.conf").submodule_search_locations))) / "method"
+
+
+def names() -> list[str]:
+    """Names of all shipped methods."""
+    return sorted(f.stem for f in folder().glob("*.yaml"))
+
+
+@cache
+def _read(name: str) -> dict[str, Any]:
+    file = folder() / f"{name}.yaml"
+    if not file.is_file():
+        raise ConfigError(f"method={name!r}: no such method.{nearest(name, names())}")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def raw(name: str) -> dict[str, Any]:
+    """The YAML of a method as plain data. Raises ConfigError with the nearest name."""
+    return copy.deepcopy(_read(name))
+
+
+def override(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with the nested (or dotted) `changes` merged in; None removes an entry."""
+    result = copy.deepcopy(dict(data))
+    for key, value in changes.items():
+        head, _, rest = str(key).partition(".")
+        if rest:
+            value = {rest: value}
+        if isinstance(value, Mapping) and isinstance(result.get(head), Mapping):
+            result[head] = override(result[head], value)
+        elif value is None and head in result and head not in _MethodKeys.__dataclass_fields__:
+            del result[head]
+        else:
+            result[head] = override({}, value) if isinstance(value, Mapping) else value
+    return result
+
+
+def parse(data: Mapping[str, Any], path: str = "method") -> Method:
+    """Validated Method from plain data. Raises ConfigError naming the key, the value, what was expected and the nearest name."""
+    keys = build(_MethodKeys, data, path)
+    original = _read(keys.name) if keys.name in names() else {}
+    if keys.tuner in ("full", "none"):
+        if keys.experts or keys.also:
+            raise ConfigError(f"{path}.experts={keys.experts!r}: expected none, since tuner={keys.tuner} has no adapter.")
+        return Method(keys.name, keys.tuner, (), False, dict(data))
+    main = _mixture("main", keys, original, path)
+    if keys.tuner == "peft":
+        _check_peft(main, path)
+        return Method(keys.name, keys.tuner, (main,), keys.dora, dict(data))
+    if keys.dora:
+        raise ConfigError(f"{path}.dora=True: expected false; only tuner=peft has DoRA.")
+    extra = []
+    for name, entry in (keys.also or {}).items():
+        where = f"{path}.also.{name}"
+        more = build(_MixtureKeys, entry, where)
+        inherited = _inherit(more.experts, keys.experts, f"{where}.experts")
+        more = _MixtureKeys(**{**vars(more), "experts": inherited})
+        extra.append(_mixture(name, more, (original.get("also") or {}).get(name, {}), where))
+    return Method(keys.name, keys.tuner, (main, *extra), False, dict(data))
+
+
+def _inherit(own: Mapping[str, Any], main: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Options of a further bank, the ones it leaves out taken from the main bank where both kinds know them (r, alpha, dropout)."""
+    if "kind" not in own or "kind" not in main:
+        return dict(own)
+    known = Experts.of_kind(own["kind"], path).options() - {"n", "targets"}
+    return {k: v for k, v in main.items() if k in known} | dict(own)
+
+
+def _mixture(name: str, keys: Any, original: Mapping[str, Any], path: str) -> Mixture:
+    router_data = drop_stale(dict(keys.router), original.get("router") or {}, Router, f"{path}.router")
+    router = Router.parse(router_data, f"{path}.router")
+    banks = _banks(keys.experts, original.get("experts") or {}, f"{path}.experts")
+    losses = {
+        kind: Loss.parse({"kind": kind, **(options or {})}, f"{path}.losses.{kind}")
+        for kind, options in (keys.losses or {}).items()
+    }
+    mixture = Mixture(name, keys.site, keys.input, keys.gates, banks, router, losses)
+    _check_places(mixture, path)
+    try:
+        router.check(len(mixture.expert_names))
+    except ConfigError as error:
+        raise ConfigError(f"{path}.router.{error}") from None
+    if losses and not mixture.routed:
+        raise ConfigError(f"{path}.losses={sorted(losses)}: expected none, since router.kind=none routes nothing.")
+    return mixture
+
+
+def _banks(data: Mapping[str, Any], original: Mapping[str, Any], path: str) -> dict[str, Experts]:
+    """Named banks: `data` is one bank if it has a `kind`, else a mapping name -> bank whose scalars are defaults for every bank."""
+    if "kind" in data:
+        data = drop_stale(dict(data), original, Experts, path)
+        return {str(data["kind"]): Experts.parse(data, path)}
+    shared = {k: v for k, v in data.items() if not isinstance(v, Mapping) and v is not None}
+    banks, used = {}, set()
+    for name, options in data.items():
+        if not isinstance(options, Mapping):
+            continue
+        kind = options.get("kind", name)
+        known = Experts.of_kind(kind, f"{path}.{name}").options()
+        used |= known & shared.keys()
+        banks[name] = Experts.parse({k: v for k, v in shared.items() if k in known} | {**options, "kind": kind}, f"{path}.{name}")
+    for key in shared.keys() - used:
+        raise ConfigError(
+            f"unknown key '{path}.{key}' (value {shared[key]!r}).{nearest(key, set().union(*(b.options() for b in banks.values())) or ['kind'])}"
+        )
+    if not banks:
+        raise ConfigError(f"{path}={dict(data)!r}: expected a bank with 'kind', one of {', '.join(sorted(Experts.kinds()))}.")
+    order = {place: i for i, place in enumerate(PLACES)}  # not the mapping's own order: a saved config sorts its keys
+    return dict(sorted(banks.items(), key=lambda item: (order[getattr(item[1], "targets", (item[1].place,))[0]], item[0])))
+
+
+def _check_places(mixture: Mixture, path: str) -> None:
+    for name, bank in mixture.banks.items():
+        allowed = {"linear": ("linear",), "ffn": ("ffn",), "block": ("linear", "ffn", "attention")}[mixture.site]
+        if bank.place not in allowed:
+            fits = sorted(k for k, c in Experts.kinds().items() if c.place in allowed)
+            raise ConfigError(
+                f"{path}.experts.{name}: {bank.kind} sits at '{bank.place}', but site={mixture.site} takes {', '.join(fits)}."
+            )
+    if mixture.site == "linear" and len(mixture.banks) > 1:
+        raise ConfigError(f"{path}.experts={sorted(mixture.banks)}: expected one bank, since a linear site has one.")
+    if mixture.site == "linear" and mixture.gates != "expert":
+        raise ConfigError(f"{path}.gates={mixture.gates!r}: expected 'expert' at a linear site.")
+    replacing = [n for n, b in mixture.banks.items() if getattr(b, "replaces", False)]
+    if replacing and mixture.site == "block":
+        raise ConfigError(f"{path}.experts.{replacing[0]}: expected site=ffn, since these experts run the whole block.")
+    if isinstance(mixture.gates, dict):
+        for bank, gate in mixture.gates.items():
+            for value in (bank, gate):
+                if value not in mixture.banks:
+                    raise ConfigError(f"{path}.gates={mixture.gates!r}: no bank {value!r}.{nearest(value, mixture.banks)}")
+
+
+def _check_peft(mixture: Mixture, path: str) -> None:
+    bank = next(iter(mixture.banks.values()))
+    if bank.kind != "lora" or bank.n != 1 or mixture.routed or len(mixture.banks) > 1:
+        got = {name: f"{b.kind} n={b.n}" for name, b in mixture.banks.items()}
+        raise ConfigError(
+            f"{path}.experts={got}, {path}.router.kind={mixture.router.kind}: tuner=peft takes one lora with n=1 and no router."
+        )

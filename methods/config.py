@@ -1,0 +1,87 @@
+"""`MixtureConfig`: a method as a PEFT config. The spec in it is plain data that names parts by kind; loading one runs no code it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+
+from . import catalog
+from .architecture import PEFT_NAMES
+from .catalog import Method
+from .spec import ConfigError
+
+PEFT_TYPE = "MIXTURE"
+
+
+@dataclass
+class MixtureConfig(PeftConfig):
+    """A mixture of adapters for `peft.get_peft_model`.
+
+    spec: the method as plain data, as in conf/method/<name>.yaml. base: what the adapter was made for, checked when it is attached
+    (hidden size and number of layers). Raises ConfigError where the spec does not validate.
+    """
+
+    spec: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
+    target_modules: str | None = None  # PEFT reads it; the spec says where a mixture attaches
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if self.spec:
+            method = self.method
+            if method.tuner != "mixture":
+                raise ConfigError(
+                    f"spec.tuner={method.tuner!r}: expected 'mixture'; moabench.methods.load('{method.name}') gives its config."
+                )
+
+    @property
+    def method(self) -> Method:
+        """The validated method."""
+        return catalog.parse(self.spec, "spec")
+
+
+def peft_config(data: dict[str, Any]) -> PeftConfig:
+    """PEFT config of a method given as plain data: MixtureConfig, or LoraConfig for tuner=peft.
+
+    Raises ConfigError for methods without an adapter (full, none).
+    """
+    method = catalog.parse(data)
+    if method.tuner == "mixture":
+        return MixtureConfig(spec=dict(data), task_type="CAUSAL_LM")
+    if method.tuner == "peft":
+        bank = next(iter(method.mixtures[0].banks.values()))
+        return LoraConfig(
+            r=bank.r,
+            lora_alpha=bank.alpha,
+            lora_dropout=bank.dropout,
+            use_rslora=bank.rslora,
+            use_dora=method.dora,
+            target_modules=sorted({name for role in bank.targets for name in PEFT_NAMES[role]}),
+            task_type="CAUSAL_LM",
+        )
+    raise ConfigError(f"method={method.name!r}: has no adapter config; moabench.methods.attach(model, ...) prepares it.")
+
+
+def load(name: str, **overrides: Any) -> PeftConfig:
+    """Config of a shipped method for `peft.get_peft_model`, with nested overrides: `load("moe_lora_topk", router={"k": 1})`.
+
+    Raises ConfigError for an unknown method or option.
+    """
+    return peft_config(catalog.override(catalog.raw(name), overrides))
+
+
+def attach(model: nn.Module, data: Mapping[str, Any]) -> nn.Module:
+    """`model` under the method given as plain data: a PeftModel, or for `full` and `none` the model itself with every or no parameter
+    trainable. Attach after the base's weights are loaded: a model class re-initialises modules it does not find in its checkpoint.
+
+    Raises ConfigError for a spec that does not validate or an architecture without the modules it needs.
+    """
+    method = catalog.parse(data)
+    if method.tuner in ("full", "none"):
+        return model.requires_grad_(method.tuner == "full")
+    return get_peft_model(model, peft_config(dict(data)))

@@ -1,0 +1,51 @@
+"""Declared tensors: a part says which parameters it needs, the tuner owns them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .lazy import Lazy
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = Lazy("torch")
+
+
+@dataclass(frozen=True)
+class Param:
+    """Shape and initial distribution of one trainable tensor.
+
+    init: `zeros`, `ones`, `normal` (std = scale), `uniform` (on +-scale), `xavier` (Xavier-uniform of the 2-D shape, gain = scale).
+    trained: False for a tensor that is kept and saved but never touched by the optimiser.
+    """
+
+    shape: tuple[int, ...]
+    init: str = "zeros"
+    scale: float = 1.0
+    trained: bool = True
+
+    def make(self, device: torch.device) -> torch.nn.Parameter:
+        """The tensor in fp32 on `device`; draws from torch's global generator."""
+        data = torch.empty(self.shape, dtype=torch.float32, device=device)
+        init = torch.nn.init
+        if self.init == "normal":
+            init.normal_(data, std=self.scale)
+        elif self.init == "uniform":
+            init.uniform_(data, -self.scale, self.scale)
+        elif self.init == "xavier":
+            init.xavier_uniform_(data, gain=self.scale)
+        else:
+            init.constant_(data, {"zeros": 0.0, "ones": 1.0}[self.init])
+        return torch.nn.Parameter(data, requires_grad=self.trained)
+
+
+def linear_default(out: int, fan_in: int) -> Param:
+    """Weight [out, fan_in] as torch.nn.Linear draws it: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) = Kaiming-uniform with a = sqrt 5."""
+    return Param((out, fan_in), "uniform", fan_in**-0.5)
+
+
+def bias_default(out: int, fan_in: int) -> Param:
+    """Bias [out] as torch.nn.Linear draws it, from the same interval as its weight."""
+    return Param((out,), "uniform", fan_in**-0.5)

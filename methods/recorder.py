@@ -1,0 +1,120 @@
+"""What a forward pass through somebody else's model cannot return: routings and auxiliary losses, collected only while asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from .losses import Loss
+from .routing import Routing
+
+
+@dataclass
+class Context:
+    """Facts about one forward pass that its routers need; travels with the pass as a keyword argument of the decoder layers, so that
+    a layer recomputed under gradient checkpointing meets the same context.
+
+    mask, prompt [B, L] bool: real tokens, prompt tokens (None: all). gates: decisions of sequence routers made at the prefill, kept
+    beside the KV cache. continues: the pass goes on from a cache.
+    """
+
+    mask: Tensor | None = None
+    prompt: Tensor | None = None
+    recorder: Recorder | None = None
+    gates: dict[str, Routing] = field(default_factory=dict)
+    continues: bool = False
+    seen: set[tuple[str, ...]] = field(default_factory=set)
+
+    def record(self, sites: tuple[str, ...], routing: Routing, losses: dict[str, Loss]) -> None:
+        """Hand the routing [T, G, E] of G sites to the open recorder, once a pass however often the layer runs."""
+        if self.recorder is None or sites in self.seen:
+            return
+        self.seen.add(sites)
+        mask = None if self.mask is None else self.mask.reshape(-1)
+        self.recorder.entries.append((sites, replace(routing, mask=mask), losses))
+
+
+class Recorder:
+    """Routings of every routed site met while it was open.
+
+    entries: (site names, Routing with tensors [T, G, E] for the G sites, losses) in the order of execution.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[tuple[str, ...], Routing, dict[str, Loss]]] = []
+
+    @property
+    def routing(self) -> dict[str, Routing]:
+        """Routing [T, E] of each site by name; several forward passes are joined along T."""
+        parts: dict[str, list[Routing]] = {}
+        for sites, routing, _ in self.entries:
+            for g, site in enumerate(sites):
+                parts.setdefault(site, []).append(routing.map(lambda t, g=g: t[:, g]))
+        return {site: _join(found) for site, found in parts.items()}
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses by kind, each already multiplied by its coefficient; kinds whose coefficient is 0 are left out."""
+        groups: dict[tuple[str, Loss], list[Routing]] = {}
+        for _, routing, losses in self.entries:
+            for kind, loss in losses.items():
+                if loss.coef > 0:
+                    groups.setdefault((kind, loss), []).append(routing)
+        total: dict[str, Tensor] = {}
+        for (kind, loss), routings in groups.items():
+            total[kind] = total[kind] + loss(routings) if kind in total else loss(routings)
+        return total
+
+
+def _join(routings: list[Routing]) -> Routing:
+    if len(routings) == 1:
+        return routings[0]
+    first = routings[0]
+    masks = [r.mask if r.mask is not None else torch.ones(r.weights.shape[0], dtype=torch.bool) for r in routings]
+    joined = {
+        name: torch.cat([getattr(r, name) for r in routings])
+        for name in ("weights", "chosen", "probs", "logits", "ids")
+        if getattr(first, name) is not None
+    }
+    mask = None if all(r.mask is None for r in routings) else torch.cat([m.to(first.weights.device) for m in masks])
+    extras = {k: torch.cat([r.extras[k] for r in routings]) for k in first.extras}
+    return replace(first, **joined, mask=mask, extras=extras)
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Recorder]:
+    """Collect routings and auxiliary losses of the forward passes inside the block.
+
+        with record(model) as rec:
+            out = model(**batch)
+        loss = out.loss + sum(rec.losses.values())
+
+    `model` is a PeftModel or anything that contains one; where it holds no mixture, the recorder stays empty.
+    """
+    tuners = [m for m in model.modules() if hasattr(m, "mixture_recorder")]
+    recorder = Recorder()
+    previous = [t.mixture_recorder for t in tuners]
+    for tuner in tuners:
+        tuner.mixture_recorder = recorder
+    try:
+        yield recorder
+    finally:
+        for tuner, old in zip(tuners, previous, strict=True):
+            tuner.mixture_recorder = old
+
+
+def capture_routing(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Routing]:
+    """Routing of every routed site on one batch, by site name, without gradients and in evaluation mode."""
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), record(model) as recorder:
+            model(**batch)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    return recorder.routing

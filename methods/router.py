@@ -1,0 +1,68 @@
+"""The family of routers. A router is options plus equations; its tensors are declared by `params` and handed back as `p`.
+
+Shapes: T rows (tokens, or sequences for granularity=sequence), G sites that share one input (q, k, v), D width, E experts, H heads
+(rows of the router's linear map: E, or E + 1 where a threshold is read from the same input).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from .params import Param, bias_default, linear_default
+from .routing import Routing
+from .spec import NonNegative, Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Router(Part):
+    """Base of all routers.
+
+    granularity: `token`, or `sequence` for one decision a sequence (arXiv 2506.05928, instance-level), made from a pooled input:
+    pool: `prompt_mean` (mean over real prompt tokens; the same in training and generation), `last_prompt` (last prompt token), or
+    `official_mean` (all positions, padding and answer included, as the MoA code trains: not causal, refused with a KV cache).
+    """
+
+    folder: ClassVar[str] = "moabench.methods.routers"
+
+    granularity: Literal["token", "sequence"] = "token"
+    pool: Literal["prompt_mean", "last_prompt", "official_mean"] = "prompt_mean"
+
+    def check(self, experts: int) -> None:
+        """Raise ConfigError where this router cannot choose among `experts` experts."""
+
+    def params(self, d: int, experts: int) -> dict[str, Param]:
+        """The tensors of one site: input width `d`, `experts` experts."""
+        raise NotImplementedError
+
+    def scores(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Router outputs [T, H] of the fp32 input x [T, D]. Routers that are one linear map define `heads` instead."""
+        raise NotImplementedError
+
+    def route(self, scores: Tensor, training: bool) -> Routing:
+        """The decision for scores [..., H] in fp32; leading dimensions are kept."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LinearRouter(Router):
+    """Base of routers whose scores are one linear map of the input, `z = W x (+ b)`.
+
+    The maps of all sites that read the same input are computed by one GEMM. bias: give each expert's score a bias. init_std: draw W
+    from N(0, init_std^2); null draws it like torch.nn.Linear.
+    """
+
+    bias: bool = False
+    init_std: NonNegative | None = None
+
+    def params(self, d: int, experts: int) -> dict[str, Param]:
+        weight = linear_default(experts, d) if self.init_std is None else Param((experts, d), "normal", self.init_std)
+        return {"weight": weight} | ({"bias": bias_default(experts, d)} if self.bias else {})
+
+    def heads(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Weight [H, D] and bias [H] or None of the linear map."""
+        return p["weight"], p.get("bias")

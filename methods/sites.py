@@ -1,0 +1,78 @@
+"""A reader's view of an attached mixture: each routed place with its router and banks, tensors visible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .bank import Experts, LinearExperts
+from .router import Router
+
+if TYPE_CHECKING:
+    from .layer import MixtureLayer
+
+
+@dataclass
+class BankView:
+    """One bank at one place.
+
+    A [rows, d_in], B [d_out, R], owner [R] (expert of each column of B), scale [E] for banks on linears; `tensors` has every tensor of
+    the bank by its own name.
+    """
+
+    name: str
+    part: Experts
+    place: str
+    tensors: dict[str, Tensor]
+
+    @property
+    def A(self) -> Tensor:
+        return self.tensors["A"]
+
+    @property
+    def B(self) -> Tensor:
+        return self.tensors["B"]
+
+    @property
+    def owner(self) -> Tensor:
+        return torch.tensor(self.part.owner)
+
+    @property
+    def scale(self) -> Tensor:
+        return torch.tensor(self.part.scales)
+
+
+@dataclass
+class Site:
+    """One place with its router (None where nothing is routed) and the banks that it governs.
+
+    `experts` names the router's outputs; `tensors` are the router's.
+    """
+
+    name: str
+    kind: str
+    router: Router | None
+    experts: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    banks: list[BankView] = field(default_factory=list)
+
+
+def layer_sites(layer: MixtureLayer) -> list[Site]:
+    """Sites of the active adapter in one decoder layer."""
+    sites = []
+    for mixture in layer.plan.mixtures if layer.plan is not None else ():
+        places = [
+            (name, bank, place)
+            for name, bank in mixture.banks.items()
+            for place in (bank.targets if isinstance(bank, LinearExperts) else (bank.place,))
+        ]
+        views = [BankView(name, bank, place, layer.tensor(mixture, name, place)) for name, bank, place in places]
+        groups = [(v.place, [v]) for v in views] if mixture.site == "linear" else [(mixture.site, views)]
+        for place, banks in groups:
+            router = mixture.router if mixture.routed else None
+            tensors = layer.tensor(mixture, "router", place) if mixture.routed else {}
+            sites.append(Site(layer.site_name(mixture, place), mixture.site, router, mixture.expert_names, tensors, banks))
+    return sites

@@ -1,0 +1,185 @@
+"""`MixtureModel`: attaches a MixtureConfig to a stock transformers model, as a PEFT tuner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from . import attention
+from .architecture import DecoderLayer, decoder_layers
+from .config import PEFT_TYPE, MixtureConfig
+from .layer import MixtureLayer
+from .recorder import Context
+from .sites import Site, layer_sites
+from .spec import ConfigError
+
+
+class MixtureModel(BaseTuner):
+    """The tuner that PEFT creates for MixtureConfig. Users reach it as `peft_model.base_model`."""
+
+    prefix = "mixture"
+    tuner_layer_cls = MixtureLayer
+    target_module_mapping: dict[str, list[str]] = {}
+    accepts_prompt_mask = True
+
+    def __init__(self, model, peft_config, adapter_name: str, **kwargs: Any) -> None:
+        self.__dict__["mixture_recorder"] = None
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.model.register_forward_pre_hook(self._open_context, with_kwargs=True)
+        self.model.register_forward_hook(self._keep_gates, with_kwargs=True)
+
+    # Attaching
+
+    def _prepare_adapter_config(self, peft_config: MixtureConfig, model_config: dict) -> MixtureConfig:
+        if not peft_config.spec:
+            raise ConfigError(
+                "spec={}: expected a method as plain data; moabench.methods.load(name) gives a config that has one."
+            )
+        return peft_config
+
+    def _prepare_model(self, peft_config: MixtureConfig, model: nn.Module) -> None:
+        self._layers = decoder_layers(model)
+        shape = {"layers": len(self._layers), "hidden_size": next(iter(self._described(model).values())).width}
+        wrong = {k: v for k, v in peft_config.base.items() if k in shape and shape[k] != v}
+        if wrong:
+            found = {k: shape[k] for k in wrong}
+            raise ConfigError(f"adapter was made for another base: it expects {wrong}, this model has {found}.")
+        peft_config.base = shape
+        if any(bank.place == "attention" for m in peft_config.method.mixtures for bank in m.banks.values()):
+            attention.route_attention(model)
+
+    def _described(self, model: nn.Module) -> dict[str, DecoderLayer]:
+        return {name: DecoderLayer(name, m, model.config) for name, m in self._layers.items()}
+
+    def _check_target_module_exists(self, peft_config: MixtureConfig, key: str) -> bool:
+        return key in self._layers
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
+        if not hasattr(target, "mixture"):
+            target.mixture = MixtureLayer(DecoderLayer(current_key, target, self.model.config))
+        target.mixture.add(adapter_name, peft_config.method)
+
+    def mixture_layers(self) -> list[MixtureLayer]:
+        """The MixtureLayer of each decoder layer, in order."""
+        return [m for m in self.model.modules() if isinstance(m, MixtureLayer)]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter and its tensors."""
+        super().delete_adapter(adapter_name)
+        for layer in self.mixture_layers():
+            layer.plans.pop(adapter_name, None)
+
+    def unload(self) -> nn.Module:
+        """The base model without any wrapper or tensor of ours."""
+        for layer in self.mixture_layers():
+            layer.detach()
+        attention.stock_attention(self.model)
+        for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del hooks[key]
+        return self.model
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise ConfigError("merge_and_unload: a mixture's update depends on the token, so it cannot be merged; use unload().")
+        return self.unload()
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ConfigError("merge_adapter: a mixture's update depends on the token, so it cannot be merged.")
+
+    # A forward pass
+
+    def _open_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        prompt = kwargs.pop("prompt_mask", None)
+        if all(layer.plan is None for layer in self._active_layers()):
+            return args, kwargs
+        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        length = tokens.shape[1]
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            mask = mask[:, -length:].bool()
+        elif mask is not None and self.mixture_recorder is not None:
+            raise ConfigError(
+                "attention_mask: expected [batch, length] while routing is recorded; padding cannot be told from another form."
+            )
+        else:
+            mask = None
+        cache = given.get("past_key_values")
+        labels = given.get("labels")
+        if prompt is None and labels is not None:
+            prompt = labels == -100
+        context = Context(
+            mask=mask,
+            prompt=None if prompt is None else prompt.bool(),
+            recorder=self.mixture_recorder,
+            gates=dict(getattr(cache, "mixture_gates", {})),
+            continues=cache is not None and cache.get_seq_length() > 0,
+        )
+        return args, {**kwargs, "mixture_context": context}
+
+    def _active_layers(self):
+        layers = self.__dict__.get("_layer_list")
+        if layers is None:
+            layers = self.__dict__["_layer_list"] = self.mixture_layers()
+        return layers
+
+    def _keep_gates(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        context = kwargs.get("mixture_context")
+        cache = getattr(output, "past_key_values", None)
+        if context is None or not context.gates or cache is None or hasattr(cache, "mixture_gates"):
+            return
+        cache.mixture_gates = context.gates
+        for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"):
+            setattr(cache, name, _following(cache, getattr(cache, name), name))
+
+    # What a user asks
+
+    def sites(self) -> list[Site]:
+        """Routers and banks of the active adapter, place by place, with their tensors."""
+        return [site for layer in self.mixture_layers() for site in layer_sites(layer)]
+
+
+def _following(cache: Any, method: Any, name: str):
+    """A cache method that also reorders, repeats or selects the sequence decisions kept beside the cache."""
+    change = {
+        "reorder_cache": lambda t, beams: t.index_select(0, beams.to(t.device)),
+        "batch_repeat_interleave": lambda t, repeats: t.repeat_interleave(repeats, dim=0),
+        "batch_select_indices": lambda t, indices: t[indices],
+    }[name]
+
+    def wrapped(argument):
+        cache.mixture_gates = {k: r.map(lambda t: change(t, argument)) for k, r in cache.mixture_gates.items()}
+        return method(argument)
+
+    return wrapped
+
+
+def param_count(model: nn.Module) -> dict[str, int]:
+    """Number of parameters: `trainable`, `total`, and of the active mixture `routers`, `experts` and each bank's own share.
+
+    `total` counts the base too. Where no mixture is attached, only the first two are given.
+    """
+    counts = {
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total": sum(p.numel() for p in model.parameters()),
+    }
+    for layer in (m for m in model.modules() if isinstance(m, MixtureLayer)):
+        for name, tensor in layer.tensors[layer.active_adapters[0]].items():
+            part = name.split("__")[1]
+            kinds = ("routers",) if part == "router" else ("experts", part)
+            for kind in kinds:
+                counts[kind] = counts.get(kind, 0) + tensor.numel()
+    return counts
+
+
+def register() -> None:
+    """Make PEFT know the tuner, so that get_peft_model, save_pretrained and PeftModel.from_pretrained work."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MixtureConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = MixtureModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = MixtureModel.prefix
