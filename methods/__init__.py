@@ -18,12 +18,12 @@ from typing import Any
 import wrapt
 
 _HOME = {
-    "MixtureConfig": "config",
-    "load": "config",
-    "peft_config": "config",
+    "MixtureConfig": "tuner",
+    "load": "tuner",
+    "peft_config": "tuner",
     "MixtureModel": "tuner",
     "param_count": "tuner",
-    "attach": "config",
+    "attach": "tuner",
     "record": "recorder",
     "capture_routing": "recorder",
     "Recorder": "recorder",
@@ -49,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 @wrapt.when_imported("peft")
 def _register(peft: Any) -> None:
-    importlib.import_module(f"{__name__}.tuner").register()
+    importlib.import_module(f"{__name__}.tuner")

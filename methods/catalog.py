@@ -193,10 +193,7 @@ def _mixture(name: str, keys: Any, original: Mapping[str, Any], path: str) -> Mi
     router_data = drop_stale(dict(keys.router), original.get("router") or {}, Router, f"{path}.router")
     router = Router.parse(router_data, f"{path}.router")
     banks = _banks(keys.experts, original.get("experts") or {}, f"{path}.experts")
-    losses = {
-        kind: Loss.parse({"kind": kind, **(options or {})}, f"{path}.losses.{kind}")
-        for kind, options in (keys.losses or {}).items()
-    }
+    losses = {kind: Loss.parse({"kind": kind, **(options or {})}, f"{path}.losses.{kind}") for kind, options in (keys.losses or {}).items()}
     mixture = Mixture(name, keys.site, keys.input, keys.gates, banks, router, losses)
     _check_places(mixture, path)
     try:

@@ -99,9 +99,7 @@ def _describe(hint: Any) -> str:
         return f"a list of {_describe(args[0])}"
     if hint is type(None):
         return "null"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
-        hint, getattr(hint, "__name__", str(hint))
-    )
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:

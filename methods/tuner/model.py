@@ -8,13 +8,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from ..recorder import Context
+from ..spec import ConfigError
 from . import attention
 from .architecture import DecoderLayer, decoder_layers
 from .config import PEFT_TYPE, MixtureConfig
 from .layer import MixtureLayer
-from .recorder import Context
 from .sites import Site, layer_sites
-from .spec import ConfigError
 
 
 class MixtureModel(BaseTuner):
@@ -35,9 +35,7 @@ class MixtureModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: MixtureConfig, model_config: dict) -> MixtureConfig:
         if not peft_config.spec:
-            raise ConfigError(
-                "spec={}: expected a method as plain data; moabench.methods.load(name) gives a config that has one."
-            )
+            raise ConfigError("spec={}: expected a method as plain data; moabench.methods.load(name) gives a config that has one.")
         return peft_config
 
     def _prepare_model(self, peft_config: MixtureConfig, model: nn.Module) -> None:

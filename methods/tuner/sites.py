@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .bank import Experts, LinearExperts
-from .router import Router
+from ..bank import Experts, LinearExperts
+from ..router import Router
 
 if TYPE_CHECKING:
     from .layer import MixtureLayer

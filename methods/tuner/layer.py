@@ -15,14 +15,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..bank import AttentionExperts, Experts, FeedForwardExperts, LinearExperts
+from ..catalog import Method, Mixture
+from ..params import Param
+from ..recorder import Context
+from ..router import LinearRouter
+from ..routing import Routing
+from ..spec import ConfigError
 from .architecture import INPUTS, DecoderLayer, FeedForward, Place, base_of, frozen_linears, keys_values, project
-from .bank import AttentionExperts, Experts, FeedForwardExperts, LinearExperts
-from .catalog import Method, Mixture
-from .params import Param
-from .recorder import Context
-from .router import LinearRouter
-from .routing import Routing
-from .spec import ConfigError
 
 
 @dataclass
@@ -31,9 +31,7 @@ class Live:
 
     context: Context
     routings: dict[str, Routing] = field(default_factory=dict)  # of block routers, by mixture
-    pending: dict[int, tuple[Tensor, dict[int, Tensor]]] = field(
-        default_factory=dict
-    )  # outputs waiting for their linear, by group
+    pending: dict[int, tuple[Tensor, dict[int, Tensor]]] = field(default_factory=dict)  # outputs waiting for their linear, by group
 
 
 @dataclass
@@ -284,9 +282,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
                 weights = columns(self.live.routings[term.mixture.name].weights, term.columns)
             mixed = term.bank.mix(pieces[i].unflatten(-1, (len(term.places), -1)), weights, self._const(term.bank, x.device))
             for place, m in zip(term.places, mixed.unbind(1), strict=True):
-                b_matrix = self._cat(
-                    ("B", term.name, place.role), [self.tensor(term.mixture, term.name, place.role)["B"]], x.dtype
-                )
+                b_matrix = self._cat(("B", term.name, place.role), [self.tensor(term.mixture, term.name, place.role)["B"]], x.dtype)
                 pairs[id(place.linear)].append((m, b_matrix, place.columns))
         return {id(m): expand(y, pairs[id(m)]) for m, y in zip(linears, ys, strict=True)}
 
@@ -411,9 +407,7 @@ def sequence_decision(router, name: str, hidden: Tensor, context: Context, decid
                 "router.pool='official_mean': expected prompt_mean or last_prompt with a KV cache, since it reads future tokens."
             )
         if name not in context.gates:
-            raise ConfigError(
-                f"{name}: the KV cache holds no decision of this router; start the generation with this adapter active."
-            )
+            raise ConfigError(f"{name}: the KV cache holds no decision of this router; start the generation with this adapter active.")
         return context.gates[name]
     real = context.mask if context.mask is not None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     prompt = real if context.prompt is None else real & context.prompt

@@ -9,10 +9,10 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from . import catalog
+from .. import catalog
+from ..catalog import Method
+from ..spec import ConfigError
 from .architecture import PEFT_NAMES
-from .catalog import Method
-from .spec import ConfigError
 
 PEFT_TYPE = "MIXTURE"
 

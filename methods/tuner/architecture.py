@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moabench.kernels import lowrank
 
-from .spec import ConfigError
+from ..spec import ConfigError
 
 ATTENTION = ("self_attn", "attention", "attn")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn")
@@ -30,9 +30,7 @@ LINEARS = {  # role(s) -> attribute names, within attention for q, k, v, o and w
     ("down",): ("down_proj", "w2"),
 }
 INPUTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # roles that read the same tensor
-PEFT_NAMES = {
-    role: tuple(n for roles, names in LINEARS.items() if role in roles for n in names) for roles in INPUTS for role in roles
-}
+PEFT_NAMES = {role: tuple(n for roles, names in LINEARS.items() if role in roles for n in names) for roles in INPUTS for role in roles}
 
 
 @dataclass
@@ -118,9 +116,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Decoder layers by qualified name. Raises ConfigError listing what was looked for where there are none."""
     layers = {name: m for name, m in model.named_modules() if is_decoder_layer(m)}
     if not layers:
-        kinds = sorted(
-            {f"{n.rpartition('.')[2]} ({type(m).__name__})" for n, m in model.named_modules() if n and not list(m.children())}
-        )
+        kinds = sorted({f"{n.rpartition('.')[2]} ({type(m).__name__})" for n, m in model.named_modules() if n and not list(m.children())})
         raise ConfigError(
             f"{type(model).__name__} has no decoder layer that a mixture can attach to: sought modules with a child "
             f"{'|'.join(ATTENTION)} that has {'|'.join(PEFT_NAMES['q'])}; the model's innermost modules are {', '.join(kinds[:40])}."
