@@ -65,7 +65,7 @@ class _ExpandAdd(torch.autograd.Function):
 
 def _expand_add_(y: Tensor, columns: Sequence[slice], pairs: Sequence[Tensor]) -> Tensor:
     for i, part in enumerate(columns):
-        y[:, part].addmm_(pairs[2 * i], pairs[2 * i + 1].t())
+        (y if part == slice(None) else y[:, part]).addmm_(pairs[2 * i], pairs[2 * i + 1].t())
     return y
 
 

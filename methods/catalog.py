@@ -220,9 +220,8 @@ def _banks(data: Mapping[str, Any], original: Mapping[str, Any], path: str) -> d
         used |= known & shared.keys()
         banks[name] = Experts.parse({k: v for k, v in shared.items() if k in known} | {**options, "kind": kind}, f"{path}.{name}")
     for key in shared.keys() - used:
-        raise ConfigError(
-            f"unknown key '{path}.{key}' (value {shared[key]!r}).{nearest(key, set().union(*(b.options() for b in banks.values())) or ['kind'])}"
-        )
+        known = set().union(*(b.options() for b in banks.values())) or {"kind"}
+        raise ConfigError(f"unknown key '{path}.{key}' (value {shared[key]!r}).{nearest(key, known)}")
     if not banks:
         raise ConfigError(f"{path}={dict(data)!r}: expected a bank with 'kind', one of {', '.join(sorted(Experts.kinds()))}.")
     order = {place: i for i, place in enumerate(PLACES)}  # not the mapping's own order: a saved config sorts its keys

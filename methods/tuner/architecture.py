@@ -42,6 +42,7 @@ class Place:
     attribute: str
     columns: slice
     shape: tuple[int, int]  # (d_in, d_out) of the role
+    fused: bool = False  # the linear serves other roles too
 
     @property
     def linear(self) -> nn.Module:
@@ -74,7 +75,7 @@ class DecoderLayer:
             start = 0
             for role in roles:
                 width = linear.out_features if len(roles) == 1 else widths.get(role, linear.out_features // len(roles))
-                yield Place(role, parent, attribute, slice(start, start + width), (linear.in_features, width))
+                yield Place(role, parent, attribute, slice(start, start + width), (linear.in_features, width), len(roles) > 1)
                 start += width
 
     @property

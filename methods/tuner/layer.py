@@ -15,14 +15,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..bank import AttentionExperts, Experts, FeedForwardExperts, LinearExperts
+from moabench.kernels import lowrank
+
+from ..bank import Experts
 from ..catalog import Method, Mixture
-from ..params import Param
 from ..recorder import Context
 from ..router import LinearRouter
 from ..routing import Routing
 from ..spec import ConfigError
-from .architecture import INPUTS, DecoderLayer, FeedForward, Place, base_of, frozen_linears, keys_values, project
+from .architecture import DecoderLayer, FeedForward, base_of, keys_values, project
+from .plan import Group, Plan, Term, tensor_name
 
 
 @dataclass
@@ -31,81 +33,7 @@ class Live:
 
     context: Context
     routings: dict[str, Routing] = field(default_factory=dict)  # of block routers, by mixture
-    pending: dict[int, tuple[Tensor, dict[int, Tensor]]] = field(default_factory=dict)  # outputs waiting for their linear, by group
-
-
-@dataclass
-class Term:
-    """The experts of one bank on the linears that share one input."""
-
-    mixture: Mixture
-    name: str
-    bank: LinearExperts
-    places: list[Place]
-
-    @property
-    def own_router(self) -> bool:
-        return self.mixture.site == "linear" and self.mixture.routed
-
-    @property
-    def columns(self) -> list[list[int]]:
-        """Block-router output of each expert, [G][E]."""
-        return [[self.mixture.column(self.name, p.role, i) for i in range(self.bank.n)] for p in self.places]
-
-
-class Plan:
-    """What one adapter does in one layer: the terms of each group of linears, and the banks at the feed-forward block and attention."""
-
-    def __init__(self, method: Method, layer: DecoderLayer) -> None:
-        self.mixtures = method.mixtures
-        banks = [(m, name, bank) for m in method.mixtures for name, bank in m.banks.items()]
-        layer.require({r for _, _, b in banks if isinstance(b, LinearExperts) for r in b.targets})
-        if any(isinstance(b, FeedForwardExperts) for _, _, b in banks):
-            layer.require(("gate", "up", "down"))
-        if any(isinstance(b, AttentionExperts) for _, _, b in banks):
-            layer.require(("q", "k", "v"))
-        self.groups: list[list[Term]] = []
-        for roles in INPUTS:
-            terms = []
-            for mixture, name, bank in banks:
-                if isinstance(bank, LinearExperts) and (found := [layer.places[r] for r in roles if r in bank.targets]):
-                    terms.append(Term(mixture, name, bank, found))
-            if terms:
-                if len({t.bank.dropout for t in terms}) > 1:
-                    raise ConfigError(f"dropout={[t.bank.dropout for t in terms]}: expected one value on {', '.join(roles)}.")
-                self.groups.append(terms)
-        self.feed_forward = [(m, n, b) for m, n, b in banks if isinstance(b, FeedForwardExperts)]
-        self.attention = [(m, n, b) for m, n, b in banks if isinstance(b, AttentionExperts)]
-        self.feed_forward.sort(key=lambda entry: not entry[2].replaces)
-        if sum(b.replaces for *_, b in self.feed_forward) > 1:
-            raise ConfigError("experts: expected at most one bank that runs the whole feed-forward block.")
-        self.group_of = {id(p.linear): g for g, terms in enumerate(self.groups) for t in terms for p in t.places}
-
-    def declared(self, layer: DecoderLayer) -> dict[str, Param]:
-        """Every tensor of this adapter in this layer by name, `<mixture>__<router or bank>__<place>__<tensor>`."""
-        tensors: dict[str, Param] = {}
-
-        def add(mixture: Mixture, part: str, place: str, params: dict[str, Param]) -> None:
-            tensors.update({_key(mixture, part, place, name): p for name, p in params.items()})
-
-        for terms in self.groups:
-            for term in terms:
-                for place in term.places:
-                    add(term.mixture, term.name, place.role, term.bank.params(*place.shape))
-                    if term.own_router:
-                        add(term.mixture, "router", place.role, term.mixture.router.params(place.shape[0], term.bank.n))
-        for mixture, name, bank in self.feed_forward:
-            add(mixture, name, "ffn", bank.params(layer.width, layer.places["down"].shape[0]))
-        for mixture, name, bank in self.attention:
-            add(mixture, name, "attention", bank.params(layer.width, layer.places["q"].shape[1] // layer.attention.head_dim))
-        for mixture in self.mixtures:
-            if mixture.routed and mixture.site != "linear":
-                add(mixture, "router", mixture.site, mixture.router.params(layer.width, len(mixture.expert_names)))
-        return tensors
-
-
-def _key(mixture: Mixture, part: str, place: str, tensor: str) -> str:
-    return f"{mixture.name}__{part}__{place}__{tensor}"
+    pending: dict[int, tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)  # outputs waiting for their linear, by group
 
 
 class MixtureLayer(nn.Module, BaseTunerLayer):
@@ -120,9 +48,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         self.tensors = nn.ModuleDict()
         self.plans: dict[str, Plan] = {}
         self.live: Live | None = None
-        self._constants: dict[tuple, Tensor] = {}
+        self._constants: dict[tuple, dict[str, Tensor]] = {}
         self._names: dict[tuple, list[tuple[str, str]]] = {}
-        self._packed: dict[tuple, tuple[tuple, Tensor]] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -139,11 +66,9 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         device = next(self.layer.module.parameters()).device
         self.tensors[adapter] = nn.ParameterDict({name: p.make(device) for name, p in plan.declared(self.layer).items()})
         self.plans[adapter] = plan
-        for terms in plan.groups:
-            for term in terms:
-                for place in term.places:
-                    if not isinstance(getattr(place.parent, place.attribute), RoutedLinear):
-                        setattr(place.parent, place.attribute, RoutedLinear(place.linear, self))
+        for place in (p for group in plan.groups for p in group.places):
+            if not isinstance(getattr(place.parent, place.attribute), RoutedLinear):
+                setattr(place.parent, place.attribute, RoutedLinear(place.linear, self, place.attribute))
         if plan.feed_forward and not isinstance(self.layer.feed_forward, RoutedFeedForward):
             wrapper = RoutedFeedForward(self.layer.feed_forward, self)
             setattr(self.layer.module, self.layer.feed_forward_name, wrapper)
@@ -172,13 +97,17 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
 
     def tensor(self, mixture: Mixture, part: str, place: str) -> dict[str, Tensor]:
         """Tensors of one router or bank at one place of the active adapter, by their own names."""
-        adapter = self.active_adapters[0]
-        owned = self.tensors[adapter]._parameters
-        key = (adapter, mixture.name, part, place)
+        prefix = tensor_name(mixture, part, place, "")
+        key = (self.active_adapters[0], prefix)
         if key not in self._names:
-            prefix = _key(mixture, part, place, "")
-            self._names[key] = [(name[len(prefix) :], name) for name in owned if name.startswith(prefix)]
+            self._names[key] = [(name[len(prefix) :], name) for name in self.owned if name.startswith(prefix)]
+        owned = self.owned
         return {short: owned[name] for short, name in self._names[key]}
+
+    @property
+    def owned(self) -> dict[str, Tensor]:
+        """Every tensor of the active adapter in this layer, by name."""
+        return self.tensors[self.active_adapters[0]]._parameters
 
     def site_name(self, mixture: Mixture, place: str) -> str:
         """Name of a routed site, e.g. `model.layers.0.q`; a further mixture adds its own name."""
@@ -223,82 +152,71 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
                 routing = decide(hidden.flatten(0, -2).float())
             else:
                 routing = per_token(sequence_decision(router, name, hidden, context, decide), hidden.shape[1])
-        routing.experts = mixture.expert_names
-        context.record((name,), routing.map(lambda t: t.unsqueeze(1)), mixture.losses)
+        self._record(mixture, [place], routing.map(lambda t: t.unsqueeze(1)))
         return routing
 
     @property
     def context(self) -> Context:
         return self.live.context if self.live is not None else Context()
 
-    def linear(self, linear: nn.Module, x: Tensor) -> Tensor:
+    def linear(self, linear: nn.Module, attribute: str, x: Tensor) -> Tensor:
         """Output [..., b] of one wrapped linear; the linears that share x run together when the first of them is asked for."""
         plan = self.plan
-        group = plan.group_of.get(id(linear)) if plan is not None else None
-        if group is None:
+        index = plan.group_of.get(attribute) if plan is not None else None
+        if index is None:
             return linear(x)
+        group, lead = plan.groups[index], x.shape[:-1]
         if self.live is None:  # a linear called on its own, outside its layer
-            return self._run_group(plan.groups[group], x)[id(linear)].unflatten(0, x.shape[:-1])
-        waiting, outputs = self.live.pending.get(group, (None, {}))
-        if waiting is not x:
-            outputs = self._run_group(plan.groups[group], x)
-            self.live.pending[group] = (x, outputs)
-        y = outputs.pop(id(linear), None)
-        if y is None:  # the same linear twice on one input
-            y = self._run_group(plan.groups[group], x)[id(linear)]
+            return self._run(group, x)[attribute].unflatten(0, lead)
+        waiting, outputs = self.live.pending.get(index, (None, {}))
+        if waiting is not x or attribute not in outputs:
+            outputs = self._run(group, x)
+            self.live.pending[index] = (x, outputs)
+        y = outputs.pop(attribute)
         if not outputs:
-            self.live.pending.pop(group, None)
-        return y.unflatten(0, x.shape[:-1])
+            del self.live.pending[index]
+        return y.unflatten(0, lead)
 
-    def _run_group(self, terms: list[Term], x: Tensor) -> dict[int, Tensor]:
-        """Outputs [T, b] of the linears of one group, by id of the linear."""
+    def _run(self, group: Group, x: Tensor) -> dict[str, Tensor]:
+        """Outputs [T, b] of the linears of one group, by attribute."""
         flat = x.reshape(-1, x.shape[-1])
-        places = [p for t in terms for p in t.places]
-        linears = frozen_linears(places)
-        dropout = terms[0].bank.dropout if self.training else 0.0
-        heads = [t for t in terms if t.own_router and t.mixture.router.granularity == "token"]
+        dropout = group.dropout if self.training else 0.0
         merged = flat.dtype == torch.float32 and not dropout  # then routers are further rows of the projection
-        rows = [self.tensor(t.mixture, t.name, p.role)["A"] for t in terms for p in t.places]
-        router_rows = [self._heads(t) for t in heads]
-        a = self._cat(("A", id(terms)), [*rows, *(w for w, _ in router_rows)] if merged else rows, x.dtype)
-        ys, s = project(linears, flat, a, dropout)
-        sizes = [len(t.places) * self.tensor(t.mixture, t.name, t.places[0].role)["A"].shape[0] for t in terms]
-        pieces = s.split([*sizes, *(w.shape[0] for w, _ in router_rows)] if merged else sizes, dim=-1)
-        pairs: dict[int, list] = {id(m): [] for m in linears}
-        for i, term in enumerate(terms):
+        pack = group.pack(self.owned, flat.dtype, merged)
+        ys, s = project([base_of(getattr(parent, name)) for parent, name in group.linears], flat, pack.a, dropout)
+        pieces = s.split(pack.sizes, dim=-1) if len(pack.sizes) > 1 else (s,)
+        scores = iter(pieces[len(group.terms) :])
+        pairs: dict[str, list] = {name: [] for name in group.attributes}
+        for term, piece, b, head in zip(group.terms, pieces, pack.b, pack.heads, strict=False):
             weights = None
-            if term in heads:
-                j = heads.index(term)
-                w, b = router_rows[j]
-                if merged:
-                    scores = pieces[len(terms) + j] if b is None else pieces[len(terms) + j] + b
-                else:
-                    with torch.autocast(x.device.type, enabled=False):
-                        scores = nn.functional.linear(flat.float(), w, b)
-                weights = self._route_linears(term, scores).weights
-            elif term.own_router:
+            if term.own_router and term.mixture.router.granularity == "sequence":
                 weights = self._route_sequences(term, x)
+            elif term.own_router:
+                weights = self._route_linears(term, flat, head, next(scores) if merged else None)
             elif term.mixture.routed:
                 weights = columns(self.live.routings[term.mixture.name].weights, term.columns)
-            mixed = term.bank.mix(pieces[i].unflatten(-1, (len(term.places), -1)), weights, self._const(term.bank, x.device))
-            for place, m in zip(term.places, mixed.unbind(1), strict=True):
-                b_matrix = self._cat(("B", term.name, place.role), [self.tensor(term.mixture, term.name, place.role)["B"]], x.dtype)
-                pairs[id(place.linear)].append((m, b_matrix, place.columns))
-        return {id(m): expand(y, pairs[id(m)]) for m, y in zip(linears, ys, strict=True)}
+            mixed = term.bank.mix(piece.unflatten(-1, (len(term.places), -1)), weights, self._constants_of(term.bank, x.device))
+            for place, m, b_matrix in zip(term.places, mixed.unbind(1), b, strict=True):
+                pairs[place.attribute].append((m, b_matrix, place.columns) if place.fused else (m, b_matrix))
+        return {name: lowrank.expand_add_(y, pairs[name]) for name, y in zip(group.attributes, ys, strict=True)}
 
-    def _heads(self, term: Term) -> tuple[Tensor, Tensor | None]:
-        """Linear maps of the routers of one term, one below the other: [G H, d] and [G H] or None."""
-        found = [term.mixture.router.heads(self.tensor(term.mixture, "router", p.role)) for p in term.places]
-        weight = self._cat(("heads", term.name, term.places[0].role), [w for w, _ in found], torch.float32)
-        return weight, None if found[0][1] is None else torch.cat([b for _, b in found])
+    def _route_linears(self, term: Term, flat: Tensor, head: tuple[Tensor, Tensor | None], scores: Tensor | None) -> Tensor:
+        """Weights [T, G, E] of the G routers of one term that read flat [T, d]; scores [T, G H] where they are at hand."""
+        weight, bias = head
+        if scores is None:
+            with torch.autocast(flat.device.type, enabled=False):
+                scores = nn.functional.linear(flat.float(), weight, bias)
+        elif bias is not None:
+            scores = scores + bias
+        routing = term.mixture.router.route(scores.unflatten(-1, (len(term.places), -1)), self.training)
+        self._record(term.mixture, [p.role for p in term.places], routing)
+        return routing.weights
 
-    def _route_linears(self, term: Term, scores: Tensor) -> Routing:
-        """Routing [T, G, E] of the G routers of one term from their scores [T, G H]."""
-        routing = term.mixture.router.route(scores.float().unflatten(-1, (len(term.places), -1)), self.training)
-        routing.experts = term.mixture.expert_names
-        names = tuple(self.site_name(term.mixture, p.role) for p in term.places)
-        self.context.record(names, routing, term.mixture.losses)
-        return routing
+    def _record(self, mixture: Mixture, places: list[str], routing: Routing) -> None:
+        """Hand a routing [T, G, E] of G places to the open recorder."""
+        if self.context.recorder is not None:
+            routing.experts = mixture.expert_names
+            self.context.record(tuple(self.site_name(mixture, place) for place in places), routing, mixture.losses)
 
     def _route_sequences(self, term: Term, x: Tensor) -> Tensor:
         """Weights [T, G, E] of routers that decide once a sequence."""
@@ -314,8 +232,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
                 lambda u, p=p, r=router: r.route(nn.functional.linear(u, *r.heads(p)), self.training),
             )
             routing = per_token(routing, x.shape[1])
-            routing.experts = term.mixture.expert_names
-            self.context.record((name,), routing.map(lambda t: t.unsqueeze(1)), term.mixture.losses)
+            self._record(term.mixture, [place.role], routing.map(lambda t: t.unsqueeze(1)))
             weights.append(routing.weights)
         return torch.stack(weights, 1)
 
@@ -351,31 +268,11 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             total = delta if total is None else total + delta
         return total
 
-    # Tensors that are put together from parameters
-
-    def _cat(self, key: tuple, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """The rows of `tensors` in `dtype`. Without gradients the result is kept until one of them changes (decoding would otherwise
-        pay for it at every token)."""
-        if torch.is_grad_enabled():
-            return (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).to(dtype)
-        stamp = tuple((t.data_ptr(), t._version, t.device) for t in tensors)
-        key = (self.active_adapters[0], *key, dtype)
-        if self._packed.get(key, (None,))[0] != stamp:
-            self._packed[key] = (stamp, (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).to(dtype))
-        return self._packed[key][1]
-
-    def _const(self, bank: Experts, device: torch.device) -> dict[str, Tensor]:
-        for name, values in bank.constants().items():
-            if (bank, name, device) not in self._constants:
-                self._constants[bank, name, device] = torch.tensor(values, device=device)
-        return {name: self._constants[bank, name, device] for name in bank.constants()}
-
-
-def expand(y: Tensor, pairs: list) -> Tensor:
-    from moabench.kernels import lowrank
-
-    whole = [(m, b) if columns == slice(0, y.shape[1]) else (m, b, columns) for m, b, columns in pairs]
-    return lowrank.expand_add_(y, whole)
+    def _constants_of(self, bank: Experts, device: torch.device) -> dict[str, Tensor]:
+        key = (id(bank), device)
+        if key not in self._constants:
+            self._constants[key] = {name: torch.tensor(values, device=device) for name, values in bank.constants().items()}
+        return self._constants[key]
 
 
 def columns(weights: Tensor, places: list[list[int]]) -> Tensor:
@@ -451,8 +348,12 @@ class _Wrapper(nn.Module):
 class RoutedLinear(_Wrapper):
     """A frozen linear whose output the layer's mixtures add to."""
 
+    def __init__(self, base_layer: nn.Module, layer: MixtureLayer, attribute: str) -> None:
+        super().__init__(base_layer, layer)
+        self._attribute = attribute
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._layer[0].linear(self.base_layer, x)
+        return self._layer[0].linear(self.base_layer, self._attribute, x)
 
 
 class RoutedFeedForward(_Wrapper):
