@@ -89,8 +89,8 @@ def shrink(x: Tensor, a: Tensor) -> Tensor:
 
 def expand_add_(y: Tensor, terms: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, slice]]) -> Tensor:
     """y [T, b] plus, in place, `S_j B_j^T` for each term (S_j [T, R_j], B_j [b_j, R_j], columns of y: all unless given)."""
-    columns = tuple(term[2] if len(term) == 3 else slice(None) for term in terms)
-    pairs = [t for s, b, *_ in terms for t in (s.to(y.dtype), b.to(y.dtype))]
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in pairs):
+    columns = tuple([term[2] if len(term) == 3 else slice(None) for term in terms])
+    pairs = [t.to(y.dtype) for term in terms for t in term[:2]]
+    if not torch.is_grad_enabled():
         return _expand_add_(y, columns, pairs)
     return _ExpandAdd.apply(y, columns, *pairs)

@@ -119,8 +119,8 @@ class AttentionExperts(Experts):
 
 
 def scaled(w: Tensor | None, scales: tuple[float, ...], like: Tensor, c: Mapping[str, Tensor]) -> Tensor | float:
-    """`w_e scale_e` in the dtype of `like`: [..., E], or the one scale where there are no weights and all scales agree."""
-    if len(set(scales)) == 1:
+    """`w_e scale_e` in the dtype of `like`: [..., E], or the one scale where there are no weights and all scales agree (c is empty)."""
+    if not c:
         if w is None:
             return scales[0]
         return w.to(like.dtype) if scales[0] == 1 else (w * scales[0]).to(like.dtype)

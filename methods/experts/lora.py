@@ -19,15 +19,17 @@ class LoRA(LinearExperts):
         return {"A": linear_default(rows, d_in), "B": Param((d_out, rows))}
 
     def constants(self):
-        uniform = len(set(self.ranks)) == 1
+        uniform = not isinstance(self.r, tuple)
         one_hot = [[float(o == e) for o in self.owner] for e in range(self.n)]
         return {} if uniform else {"scale": list(self.scales), "expand": one_hot}
 
     def mix(self, s, w, c):
-        if len(set(self.ranks)) == 1:
+        if not c:  # equal ranks
             factor = scaled(w, self.scales, s, c)  # [T, G, E] or a number
             if isinstance(factor, float):
                 return s * factor if factor != 1 else s
+            if self.n == 1:
+                return s * factor
             return (s.unflatten(-1, (self.n, -1)) * factor.unsqueeze(-1)).flatten(-2)
         factor = scaled(w, self.scales, s, c)
         if isinstance(factor, float):

@@ -48,7 +48,6 @@ class AdaptiveThreshold(LinearRouter):
         tau = tau_max * scores[..., -1:].sigmoid() if adaptive else torch.full_like(logits[..., :1], tau_max)
         shifted = probs - tau
         chosen = shifted >= 0
-        gate = (shifted if self.weights == "shifted" else probs) * chosen
-        total = gate.sum(-1, keepdim=True)
-        weights = gate / torch.where(total > 0, total, 1.0)
+        gate = shifted.clamp(min=0) if self.weights == "shifted" else probs * chosen
+        weights = gate / gate.sum(-1, keepdim=True).clamp(min=1e-20)  # all 0 where none is selected
         return Routing(weights=weights, chosen=chosen, probs=probs, logits=logits, extras={"tau": tau, "shifted": shifted})

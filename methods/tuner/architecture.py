@@ -192,4 +192,6 @@ def keys_values(layer: DecoderLayer, x: Tensor) -> tuple[Tensor, Tensor]:
     if norm is not None and norm.weight.shape[0] == head_dim != k.shape[1]:
         keys = norm(keys)
     groups = q.shape[1] // k.shape[1]
+    if groups == 1:
+        return keys, values
     return torch.repeat_interleave(keys, groups, 1), torch.repeat_interleave(values, groups, 1)

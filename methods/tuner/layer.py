@@ -20,7 +20,7 @@ from moabench.kernels import lowrank
 from ..bank import Experts
 from ..catalog import Method, Mixture
 from ..recorder import Context
-from ..router import LinearRouter
+from ..router import LinearRouter, Router
 from ..routing import Routing
 from ..spec import ConfigError
 from .architecture import DecoderLayer, FeedForward, base_of, keys_values, project
@@ -32,6 +32,7 @@ class Live:
     """What belongs to one forward pass of one layer."""
 
     context: Context
+    plan: Plan
     routings: dict[str, Routing] = field(default_factory=dict)  # of block routers, by mixture
     pending: dict[int, tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)  # outputs waiting for their linear, by group
 
@@ -121,7 +122,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         plan = self.plan
         if plan is None:
             return args, kwargs
-        self.live = Live(context)
+        self.live = Live(context, plan)
         hidden = args[0] if args else kwargs["hidden_states"]
         self._route_block(plan, "raw", hidden)
         return args, kwargs
@@ -130,8 +131,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         self.live = None
 
     def _before_attention(self, module, args, kwargs):
-        if self.plan is not None and self.live is not None:
-            self._route_block(self.plan, "normed", args[0] if args else kwargs["hidden_states"])
+        if self.live is not None:
+            self._route_block(self.live.plan, "normed", args[0] if args else kwargs["hidden_states"])
 
     def _route_block(self, plan: Plan, reads: str, hidden: Tensor) -> None:
         for mixture in plan.mixtures:
@@ -140,19 +141,20 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
 
     def _route(self, mixture: Mixture, place: str, hidden: Tensor) -> Routing:
         """Routing over T tokens of one block or feed-forward router that reads hidden [B, L, d]."""
-        router, name, context = mixture.router, self.site_name(mixture, place), self.context
-        p = self.tensor(mixture, "router", place)
+        router, p = mixture.router, self.tensor(mixture, "router", place)
 
         def decide(x: Tensor) -> Routing:
-            scores = nn.functional.linear(x, *router.heads(p)) if isinstance(router, LinearRouter) else router.scores(p, x)
-            return router.route(scores, self.training)
+            q = {k: t.to(x.dtype) for k, t in p.items()}
+            return router.route(scores_of(router, q, x), self.training)
 
         with torch.autocast(hidden.device.type, enabled=False):
             if router.granularity == "token":
-                routing = decide(hidden.flatten(0, -2).float())
+                routing = decide(hidden.flatten(0, -2).to(router_dtype(hidden)))
             else:
-                routing = per_token(sequence_decision(router, name, hidden, context, decide), hidden.shape[1])
-        self._record(mixture, [place], routing.map(lambda t: t.unsqueeze(1)))
+                name = self.site_name(mixture, place)
+                routing = per_token(sequence_decision(router, name, hidden, self.context, decide), hidden.shape[1])
+        if self.context.recorder is not None:
+            self._record(mixture, [place], routing.map(lambda t: t.unsqueeze(1)))
         return routing
 
     @property
@@ -161,13 +163,13 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
 
     def linear(self, linear: nn.Module, attribute: str, x: Tensor) -> Tensor:
         """Output [..., b] of one wrapped linear; the linears that share x run together when the first of them is asked for."""
-        plan = self.plan
+        plan = self.live.plan if self.live is not None else self.plan
         index = plan.group_of.get(attribute) if plan is not None else None
         if index is None:
             return linear(x)
-        group, lead = plan.groups[index], x.shape[:-1]
+        group, shape = plan.groups[index], (*x.shape[:-1], -1)
         if self.live is None:  # a linear called on its own, outside its layer
-            return self._run(group, x)[attribute].unflatten(0, lead)
+            return self._run(group, x)[attribute].view(shape)
         waiting, outputs = self.live.pending.get(index, (None, {}))
         if waiting is not x or attribute not in outputs:
             outputs = self._run(group, x)
@@ -175,16 +177,17 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         y = outputs.pop(attribute)
         if not outputs:
             del self.live.pending[index]
-        return y.unflatten(0, lead)
+        return y.view(shape)
 
     def _run(self, group: Group, x: Tensor) -> dict[str, Tensor]:
         """Outputs [T, b] of the linears of one group, by attribute."""
         flat = x.reshape(-1, x.shape[-1])
         dropout = group.dropout if self.training else 0.0
-        merged = flat.dtype == torch.float32 and not dropout  # then routers are further rows of the projection
+        # In full precision, and with one input for both, the routers are further rows of the projection.
+        merged = flat.dtype == router_dtype(flat) and not dropout and not torch.is_autocast_enabled(flat.device.type)
         pack = group.pack(self.owned, flat.dtype, merged)
         ys, s = project([base_of(getattr(parent, name)) for parent, name in group.linears], flat, pack.a, dropout)
-        pieces = s.split(pack.sizes, dim=-1) if len(pack.sizes) > 1 else (s,)
+        pieces = s.split_with_sizes(pack.sizes, -1) if len(pack.sizes) > 1 else (s,)
         scores = iter(pieces[len(group.terms) :])
         pairs: dict[str, list] = {name: [] for name in group.attributes}
         for term, piece, b, head in zip(group.terms, pieces, pack.b, pack.heads, strict=False):
@@ -195,7 +198,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
                 weights = self._route_linears(term, flat, head, next(scores) if merged else None)
             elif term.mixture.routed:
                 weights = columns(self.live.routings[term.mixture.name].weights, term.columns)
-            mixed = term.bank.mix(piece.unflatten(-1, (len(term.places), -1)), weights, self._constants_of(term.bank, x.device))
+            mixed = term.bank.mix(piece.view(-1, len(term.places), term.rows), weights, self._constants_of(term.bank, x.device))
             for place, m, b_matrix in zip(term.places, mixed.unbind(1), b, strict=True):
                 pairs[place.attribute].append((m, b_matrix, place.columns) if place.fused else (m, b_matrix))
         return {name: lowrank.expand_add_(y, pairs[name]) for name, y in zip(group.attributes, ys, strict=True)}
@@ -205,10 +208,11 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         weight, bias = head
         if scores is None:
             with torch.autocast(flat.device.type, enabled=False):
-                scores = nn.functional.linear(flat.float(), weight, bias)
+                dtype = router_dtype(flat)
+                scores = nn.functional.linear(flat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         elif bias is not None:
             scores = scores + bias
-        routing = term.mixture.router.route(scores.unflatten(-1, (len(term.places), -1)), self.training)
+        routing = term.mixture.router.route(scores.view(scores.shape[0], len(term.places), -1), self.training)
         self._record(term.mixture, [p.role for p in term.places], routing)
         return routing.weights
 
@@ -220,25 +224,11 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
 
     def _route_sequences(self, term: Term, x: Tensor) -> Tensor:
         """Weights [T, G, E] of routers that decide once a sequence."""
-        weights = []
-        for place in term.places:
-            router, name = term.mixture.router, self.site_name(term.mixture, place.role)
-            p = self.tensor(term.mixture, "router", place.role)
-            routing = sequence_decision(
-                router,
-                name,
-                x,
-                self.context,
-                lambda u, p=p, r=router: r.route(nn.functional.linear(u, *r.heads(p)), self.training),
-            )
-            routing = per_token(routing, x.shape[1])
-            self._record(term.mixture, [place.role], routing.map(lambda t: t.unsqueeze(1)))
-            weights.append(routing.weights)
-        return torch.stack(weights, 1)
+        return torch.stack([self._route(term.mixture, place.role, x).weights for place in term.places], 1)
 
     def feed_forward(self, block: nn.Module, x: Tensor) -> Tensor:
         """Output [B, L, d] of the feed-forward block with the banks that sit there."""
-        plan = self.plan
+        plan = self.live.plan if self.live is not None else self.plan
         if plan is None or not plan.feed_forward:
             return block(x)
         flat, y, routings = x.flatten(0, -2), None, {}
@@ -257,8 +247,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
 
     def attention(self, query: Tensor, scaling: float) -> Tensor | None:
         """What the banks inside attention add to its output [B, L, H, hd], or None; query [B, H, L, hd]."""
-        plan, total = self.plan, None
-        for mixture, name, bank in plan.attention if plan is not None else ():
+        total = None
+        for mixture, name, bank in self.live.plan.attention if self.live is not None else ():
             weights = None
             if mixture.routed:
                 places = [[mixture.column(name, "attention", i) for i in range(bank.n)]]
@@ -275,17 +265,27 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         return self._constants[key]
 
 
+def router_dtype(x: Tensor) -> torch.dtype:
+    """Routers compute in fp32, or in fp64 where the model does."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def scores_of(router: Router, p: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Router outputs [T, H] of x [T, d]."""
+    return nn.functional.linear(x, *router.heads(p)) if isinstance(router, LinearRouter) else router.scores(p, x)
+
+
 def columns(weights: Tensor, places: list[list[int]]) -> Tensor:
     """weights [T, n] -> [T, G, E]: the router output of each expert, by slices and broadcasts, since indexing scatters in backward."""
     flat = [c for row in places for c in row]
     if len(set(flat)) == 1:
-        picked = weights[:, flat[0], None].expand(-1, len(flat))
+        picked = weights.narrow(1, flat[0], 1).expand(-1, len(flat))
     elif flat == list(range(flat[0], flat[0] + len(flat))):
-        picked = weights[:, flat[0] : flat[0] + len(flat)]
+        picked = weights.narrow(1, flat[0], len(flat))
     else:
         parts = weights.unbind(-1)
         picked = torch.stack([parts[c] for c in flat], -1)
-    return picked.unflatten(-1, (len(places), -1))
+    return picked.unflatten(-1, (len(places), -1)) if len(places) > 1 else picked.unsqueeze(1)
 
 
 def bank_routing(routing: Routing, mixture: Mixture, name: str, bank: Experts) -> Routing:
@@ -308,7 +308,7 @@ def sequence_decision(router, name: str, hidden: Tensor, context: Context, decid
         return context.gates[name]
     real = context.mask if context.mask is not None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     prompt = real if context.prompt is None else real & context.prompt
-    x = hidden.float()
+    x = hidden.to(router_dtype(hidden))
     if router.pool == "official_mean":
         pooled = x.mean(1)
     elif router.pool == "last_prompt":

@@ -37,6 +37,7 @@ class Term:
 
     def __post_init__(self) -> None:
         roles = [p.role for p in self.places]
+        self.rows = self.bank.params(*self.places[0].shape)["A"].shape[0]  # of A on each linear
         self.a_names = [tensor_name(self.mixture, self.name, role, "A") for role in roles]
         self.b_names = [tensor_name(self.mixture, self.name, role, "B") for role in roles]
         self.router_names: list[dict[str, str]] = []
