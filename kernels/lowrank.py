@@ -1,12 +1,13 @@
 """Shrink and expand: the only two operations of a low-rank mixture that touch wide tensors. Plain torch.
 
-    Y_i, S = linear_shrink(X, [(W_i, b_i)], A)      Y_i = X W_i^T + b_i,  S = X A^T
-    Y     += sum_j S_j B_j^T                        expand_add_
+    Y_i, S, Z = linear_shrink(X, [(W_i, b_i)], A, H)      Y_i = X W_i^T + b_i,  S = X A^T,  Z = X H^T in full precision
+    Y        += sum_j S_j B_j^T                           expand_add_
 
-Each is one autograd node with a hand-written backward, around a rank-side mixture that stays ordinary autograd. The frozen linears that
-read the same X belong to the same node as its shrink, so dX is accumulated in place by GEMMs and nothing of output width is saved.
+Each is one autograd node with a hand-written backward, around a rank-side mixture that stays ordinary autograd. The frozen linears and
+the routers (H) that read the same X belong to the same node as its shrink, so dX is accumulated in place by GEMMs and nothing of output
+width is saved.
 
-Shapes: T tokens, d input width, b output width, R rank rows. Frozen weights get no gradient. Derivation: kernels/README.md.
+Shapes: T tokens, d input width, b output width, R rank rows, H router rows. Frozen weights get no gradient. Derivation: README.md.
 """
 
 from __future__ import annotations
@@ -21,26 +22,86 @@ from torch.nn import functional as F
 Frozen = tuple[Tensor, Tensor | None]  # weight [b, d], bias [b]
 
 
+def full_precision(dtype: torch.dtype) -> torch.dtype:
+    """Routers compute in fp32, or in fp64 where the model does."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def linear_shrink(
+    x: Tensor, frozen: Sequence[Frozen], a: Tensor, heads: Tensor | None = None
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Frozen outputs `[Y_i [T, b_i]]`, `S [T, R]` and router scores `Z [T, H]` of x [T, d] under a [R, d] and heads [H, d].
+
+    a is taken in the dtype of x; Z is computed and returned in fp32 (fp64 for fp64 x), its backward in the dtype of x like every other
+    gradient. Under autocast, or where a frozen weight asks for a gradient, the same comes from plain ops.
+    """
+    a = a.to(x.dtype)
+    tensors = [t for pair in frozen for t in pair]
+    if not torch.is_grad_enabled():
+        return _forward(x, a, heads, tensors)
+    if torch.is_autocast_enabled(x.device.type) or any(t is not None and t.requires_grad for t in tensors):
+        ys, s = [F.linear(x, w, b) for w, b in frozen], F.linear(x, a)
+        with torch.autocast(x.device.type, enabled=False):
+            return ys, s, None if heads is None else F.linear(x.to(full_precision(x.dtype)), heads.to(full_precision(x.dtype)))
+    *ys, s, z = _LinearShrink.apply(x, a, heads, *tensors)
+    return ys, s, z
+
+
+def shrink(x: Tensor, a: Tensor) -> Tensor:
+    """`S = X A^T` [T, R], with A taken in the dtype of x."""
+    return F.linear(x, a.to(x.dtype))
+
+
+def expand_add_(y: Tensor, terms: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, slice]]) -> Tensor:
+    """y [T, b] plus, in place, `S_j B_j^T` for each term (S_j [T, R_j], B_j [b_j, R_j], columns of y: all unless given)."""
+    columns = tuple([term[2] if len(term) == 3 else slice(None) for term in terms])
+    pairs = [t.to(y.dtype) for term in terms for t in term[:2]]
+    if not torch.is_grad_enabled():
+        return _expand_add_(y, columns, pairs)
+    return _ExpandAdd.apply(y, columns, *pairs)
+
+
+def _forward(x: Tensor, a: Tensor, heads: Tensor | None, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    ys = [F.linear(x, w, b) for w, b in zip(tensors[::2], tensors[1::2], strict=True)]
+    if heads is None:
+        return ys, F.linear(x, a), None
+    full = full_precision(x.dtype)
+    if x.dtype != full:
+        return ys, F.linear(x, a), F.linear(x.to(full), heads.to(full))
+    s, z = F.linear(x, torch.cat([a, heads.to(full)])).split_with_sizes([a.shape[0], heads.shape[0]], -1)
+    return ys, s, z
+
+
 class _LinearShrink(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, a: Tensor, *frozen: Tensor | None):
-        weights, biases = frozen[::2], frozen[1::2]
+    def forward(ctx, x: Tensor, a: Tensor, heads: Tensor | None, *tensors: Tensor | None):
+        ys, s, z = _forward(x, a, heads, tensors)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if a.requires_grad else None, a, *weights)
-        return (*(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)), F.linear(x, a))
+        rows = a if heads is None else torch.cat([a, heads.to(x.dtype)])
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None, rows, *tensors[::2])
+        ctx.split, ctx.head_dtype = a.shape[0], None if heads is None else heads.dtype
+        return (*ys, s, z)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor | None):
-        x, a, *weights = ctx.saved_tensors
-        *dys, ds = grads
-        da = ds.t() @ x if ds is not None and ctx.needs_input_grad[1] else None
-        dx = None
+        x, rows, *weights = ctx.saved_tensors
+        *dys, ds, dz = grads
+        if dz is not None:
+            dz = dz.to(rows.dtype)
+            ds = torch.cat([dz.new_zeros(dz.shape[0], ctx.split) if ds is None else ds, dz], -1)
+        elif ds is not None:
+            rows = rows[: ctx.split]
+        dx, da, dheads = None, None, None
+        if ds is not None and x is not None:
+            drows = ds.t() @ x
+            da = drows[: ctx.split]
+            dheads = drows[ctx.split :].to(ctx.head_dtype) if dz is not None else None
         if ctx.needs_input_grad[0]:
-            for dy, w in [*zip(dys, weights, strict=True), (ds, a)]:
+            for dy, w in [*zip(dys, weights, strict=True), (ds, rows)]:
                 if dy is not None:
                     dx = dy @ w if dx is None else dx.addmm_(dy, w)
-        return dx, da, *(None,) * (2 * len(weights))
+        return dx, da, dheads, *(None,) * (2 * len(weights))
 
 
 class _ExpandAdd(torch.autograd.Function):
@@ -59,7 +120,7 @@ class _ExpandAdd(torch.autograd.Function):
             s, b = pairs[2 * i : 2 * i + 2]
             part = dy[:, columns]
             grads.append(part @ b if ctx.needs_input_grad[2 + 2 * i] else None)
-            grads.append(part.t() @ s if ctx.needs_input_grad[3 + 2 * i] else None)
+            grads.append((s.t() @ part).t() if ctx.needs_input_grad[3 + 2 * i] else None)  # faster than part^T s on a CPU
         return dy, None, *grads
 
 
@@ -67,30 +128,3 @@ def _expand_add_(y: Tensor, columns: Sequence[slice], pairs: Sequence[Tensor]) -
     for i, part in enumerate(columns):
         (y if part == slice(None) else y[:, part]).addmm_(pairs[2 * i], pairs[2 * i + 1].t())
     return y
-
-
-def linear_shrink(x: Tensor, frozen: Sequence[Frozen], a: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Frozen outputs `[Y_i [T, b_i]]` and `S [T, R]` of x [T, d] under frozen weights and a [R, d].
-
-    a is taken in the dtype of x. Under autocast, or where a frozen weight asks for a gradient, the same result comes from plain ops.
-    """
-    if not torch.is_grad_enabled():
-        return [F.linear(x, w, b) for w, b in frozen], F.linear(x, a.to(x.dtype))
-    if torch.is_autocast_enabled(x.device.type) or any(w.requires_grad or (b is not None and b.requires_grad) for w, b in frozen):
-        return [F.linear(x, w, b) for w, b in frozen], F.linear(x, a.to(x.dtype))
-    *ys, s = _LinearShrink.apply(x, a.to(x.dtype), *(t for pair in frozen for t in pair))
-    return ys, s
-
-
-def shrink(x: Tensor, a: Tensor) -> Tensor:
-    """`S = X A^T` [T, R], with A taken in the dtype of x."""
-    return F.linear(x, a.to(x.dtype))
-
-
-def expand_add_(y: Tensor, terms: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, slice]]) -> Tensor:
-    """y [T, b] plus, in place, `S_j B_j^T` for each term (S_j [T, R_j], B_j [b_j, R_j], columns of y: all unless given)."""
-    columns = tuple([term[2] if len(term) == 3 else slice(None) for term in terms])
-    pairs = [t.to(y.dtype) for term in terms for t in term[:2]]
-    if not torch.is_grad_enabled():
-        return _expand_add_(y, columns, pairs)
-    return _ExpandAdd.apply(y, columns, *pairs)

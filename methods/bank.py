@@ -118,10 +118,16 @@ class AttentionExperts(Experts):
         raise NotImplementedError
 
 
-def scaled(w: Tensor | None, scales: tuple[float, ...], like: Tensor, c: Mapping[str, Tensor]) -> Tensor | float:
-    """`w_e scale_e` in the dtype of `like`: [..., E], or the one scale where there are no weights and all scales agree (c is empty)."""
-    if not c:
-        if w is None:
-            return scales[0]
-        return w.to(like.dtype) if scales[0] == 1 else (w * scales[0]).to(like.dtype)
-    return c["scale"].to(like.dtype) if w is None else (w * c["scale"]).to(like.dtype)
+def mix_constants(bank: LinearExperts) -> dict[str, Any]:
+    """`scale` [R], the factor of each column of B, and `expand` [E, R], its one-hot form: `w @ expand` gives every rank row its owner's
+    weight, scale included, by a small GEMM. Indexing would scatter in its backward, and a broadcast over r is slow in bf16."""
+    scale = [bank.scales[e] for e in bank.owner]
+    return {"scale": scale, "expand": [[s * (e == o) for o, s in zip(bank.owner, scale, strict=True)] for e in range(bank.n)]}
+
+
+def row_weights(w: Tensor | None, c: Mapping[str, Tensor], dtype: Any) -> Tensor:
+    """Factor of each rank row in `dtype`: [T, G, R] from w [T, G, E], or [R] where there are no weights."""
+    if w is None:
+        return c["scale"].to(dtype)
+    flat = w.to(dtype).flatten(0, 1) @ c["expand"].to(dtype)  # 2-D: a 3-D product may become T tiny ones
+    return flat.unflatten(0, w.shape[:2])

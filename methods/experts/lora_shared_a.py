@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..bank import LinearExperts, scaled
+from ..bank import LinearExperts, mix_constants, row_weights
 from ..params import Param, linear_default
 from ..spec import ConfigError
 
@@ -27,8 +27,9 @@ class SharedALoRA(LinearExperts):
     def params(self, d_in, d_out):
         return {"A": linear_default(self.r, d_in), "B": Param((d_out, self.n * self.r))}
 
+    def constants(self):
+        return mix_constants(self) | {"tile": [[float(i == j % self.r) for j in range(self.n * self.r)] for i in range(self.r)]}
+
     def mix(self, s, w, c):
-        factor = scaled(w, self.scales, s, c)
-        if isinstance(factor, float):
-            return (s * factor).repeat(1, 1, self.n)
-        return (factor.unsqueeze(-1) * s.unsqueeze(-2)).flatten(-2)  # [T, G, E, 1] x [T, G, 1, r]
+        tiled = s.flatten(0, 1) @ c["tile"].to(s.dtype)  # A x once for each expert
+        return tiled.unflatten(0, s.shape[:2]) * row_weights(w, c, s.dtype)

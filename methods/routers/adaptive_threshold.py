@@ -12,6 +12,7 @@ from ..routing import Routing
 from ..spec import Positive
 
 torch = Lazy("torch")
+route = Lazy("moabench.kernels.route")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class AdaptiveThreshold(LinearRouter):
     def route(self, scores, training):
         adaptive = self.threshold == "adaptive"
         logits = scores[..., :-1] if adaptive else scores
-        probs = logits.softmax(-1)
+        probs = route.softmax(logits)
         tau_max = 1 / logits.shape[-1] if self.tau_max is None else self.tau_max
         tau = tau_max * scores[..., -1:].sigmoid() if adaptive else torch.full_like(logits[..., :1], tau_max)
         shifted = probs - tau

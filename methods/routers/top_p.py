@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from ..lazy import Lazy
 from ..router import LinearRouter
 from ..routing import Routing
 from ..spec import Bound
 
+route = Lazy("moabench.kernels.route")
 BelowOne = Annotated[float, Bound(gt=0, lt=1)]
 
 
@@ -25,7 +27,7 @@ class TopP(LinearRouter):
     renormalize: bool = True
 
     def route(self, scores, training):
-        probs = scores.softmax(-1)
+        probs = route.softmax(scores)
         order = probs.detach().sort(dim=-1, descending=True, stable=True)
         before = order.values.cumsum(-1) - order.values  # mass ahead of each expert in the order
         chosen = (before < self.p).scatter(-1, order.indices, before < self.p)

@@ -10,6 +10,7 @@ from ..routing import Routing
 from ..spec import ConfigError, Count
 
 torch = Lazy("torch")
+route = Lazy("moabench.kernels.route")
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class TopK(LinearRouter):
             raise ConfigError(f"k={self.k}: expected at most the number of experts, {experts}.")
 
     def route(self, scores, training):
-        probs = scores.softmax(-1)
+        probs = route.softmax(scores)
         ids = scores.detach().topk(self.k, dim=-1).indices  # [..., k]
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, ids, True)
         if self.renormalize:  # softmax over the selected logits is p_i / sum_S p
-            weights = scores.masked_fill(~chosen, float("-inf")).softmax(-1)
+            weights = route.softmax(scores.masked_fill(~chosen, float("-inf")))
         else:
             weights = probs * chosen
         return Routing(weights=weights, chosen=chosen, probs=probs, logits=scores, ids=ids)

@@ -56,6 +56,7 @@ class DecoderLayer:
     def __init__(self, name: str, module: nn.Module, config) -> None:
         self.name, self.module = name, module
         self.attention = _child(module, ATTENTION)
+        self.entry_norm = getattr(module, "input_layernorm", None)  # what it reads is the layer's raw input; OLMo2 has none
         self.feed_forward_name = next((n for n in FEED_FORWARD if hasattr(module, n)), None)
         self.config = config
         self.places = {place.role: place for place in self._find()}
@@ -130,15 +131,19 @@ def frozen_linears(places: list[Place]) -> list[nn.Module]:
     return list({id(p.linear): p.linear for p in places}.values())
 
 
-def project(linears: list[nn.Module], x: Tensor, a: Tensor, dropout: float = 0.0) -> tuple[list[Tensor], Tensor]:
-    """Frozen outputs of `linears` and the projection `A drop(x)` of x [T, d]; a is [R, d].
+def project(
+    linears: list[nn.Module], x: Tensor, a: Tensor, heads: Tensor | None, dropout: float
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Frozen outputs of `linears`, the projection `A drop(x)` [T, R] and router scores `H x` (or None) of x [T, d].
 
     Plain nn.Linear layers share one autograd node with the projection; quantised or otherwise special ones run as they are.
     """
     plain = all(type(m) is nn.Linear for m in linears)
-    if plain and not dropout:
-        return lowrank.linear_shrink(x, [(m.weight, m.bias) for m in linears], a)
-    return [m(x) for m in linears], lowrank.shrink(nn.functional.dropout(x, dropout) if dropout else x, a)
+    frozen = [(m.weight, m.bias) for m in linears] if plain else []
+    ys, s, z = lowrank.linear_shrink(x, frozen, a[:0] if dropout else a, heads)
+    if dropout:
+        s = lowrank.shrink(nn.functional.dropout(x, dropout), a)
+    return ys if plain else [m(x) for m in linears], s, z
 
 
 class FeedForward:
@@ -168,7 +173,7 @@ class FeedForward:
     def gate_up_shrink(self, x: Tensor, a: Tensor, dropout: float) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Frozen gate and up outputs [T, f] each, and `A drop(x)` [T, R]."""
         places = [self.places["gate"], self.places["up"]]
-        ys, s = project(frozen_linears(places), x, a, dropout)
+        ys, s, _ = project(frozen_linears(places), x, a, None, dropout)
         return (ys[0], ys[1]) if len(ys) == 2 else tuple(ys[0][:, p.columns] for p in places), s
 
     def down(self, h: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The layer's linears and feed-forward block are wrapped; the wrappers own nothing and ask the `MixtureLayer`, which holds the trained
 tensors of every adapter. What a layer decides during a pass (a block's routing, outputs of linears that share an input) lives in
-`self.live` from the layer's pre-hook to its post-hook and nowhere else.
+`self.live` from the start of its attention to the layer's end and nowhere else.
 
 Shapes: B sequences, L positions, T = B L tokens, d width, G linears that share one input, E experts, R rank rows.
 """
@@ -49,16 +49,18 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         self.tensors = nn.ModuleDict()
         self.plans: dict[str, Plan] = {}
         self.live: Live | None = None
+        self._raw: Tensor | None = None
         self._constants: dict[tuple, dict[str, Tensor]] = {}
         self._names: dict[tuple, list[tuple[str, str]]] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self._hooks = [
-            layer.module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            layer.attention.register_forward_pre_hook(self._begin, with_kwargs=True),
             layer.module.register_forward_hook(self._end, always_call=True),
-            layer.attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
         ]
+        if layer.entry_norm is not None:
+            self._hooks.append(layer.entry_norm.register_forward_pre_hook(self._see_raw))
         layer.attention._mixture = (self,)  # in a tuple, so that torch does not take it for a submodule
 
     def add(self, adapter: str, method: Method) -> None:
@@ -117,27 +119,24 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
 
     # A forward pass
 
+    # Its hooks sit on the layer's children: gradient checkpointing recomputes a layer's `forward` without the layer's own hooks.
+
+    def _see_raw(self, module, args):
+        self._raw = args[0]
+
     def _begin(self, module, args, kwargs):
         context = kwargs.pop("mixture_context", None) or Context()
-        plan = self.plan
-        if plan is None:
-            return args, kwargs
-        self.live = Live(context, plan)
+        plan, raw, self._raw = self.plan, self._raw, None
+        self.live = None if plan is None else Live(context, plan)
         hidden = args[0] if args else kwargs["hidden_states"]
-        self._route_block(plan, "raw", hidden)
+        for mixture in plan.mixtures if plan is not None else ():
+            if mixture.site == "block" and mixture.routed:
+                reads = hidden if mixture.input == "normed" or raw is None else raw
+                self.live.routings[mixture.name] = self._route(mixture, "block", reads)
         return args, kwargs
 
     def _end(self, module, args, output):
         self.live = None
-
-    def _before_attention(self, module, args, kwargs):
-        if self.live is not None:
-            self._route_block(self.live.plan, "normed", args[0] if args else kwargs["hidden_states"])
-
-    def _route_block(self, plan: Plan, reads: str, hidden: Tensor) -> None:
-        for mixture in plan.mixtures:
-            if mixture.site == "block" and mixture.routed and mixture.input == reads:
-                self.live.routings[mixture.name] = self._route(mixture, "block", hidden)
 
     def _route(self, mixture: Mixture, place: str, hidden: Tensor) -> Routing:
         """Routing over T tokens of one block or feed-forward router that reads hidden [B, L, d]."""
@@ -149,7 +148,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
 
         with torch.autocast(hidden.device.type, enabled=False):
             if router.granularity == "token":
-                routing = decide(hidden.flatten(0, -2).to(router_dtype(hidden)))
+                routing = decide(hidden.flatten(0, -2).to(lowrank.full_precision(hidden.dtype)))
             else:
                 name = self.site_name(mixture, place)
                 routing = per_token(sequence_decision(router, name, hidden, self.context, decide), hidden.shape[1])
@@ -183,19 +182,18 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         """Outputs [T, b] of the linears of one group, by attribute."""
         flat = x.reshape(-1, x.shape[-1])
         dropout = group.dropout if self.training else 0.0
-        # In full precision, and with one input for both, the routers are further rows of the projection.
-        merged = flat.dtype == router_dtype(flat) and not dropout and not torch.is_autocast_enabled(flat.device.type)
-        pack = group.pack(self.owned, flat.dtype, merged)
-        ys, s = project([base_of(getattr(parent, name)) for parent, name in group.linears], flat, pack.a, dropout)
+        pack = group.pack(self.owned, flat.dtype)
+        linears = [base_of(getattr(parent, name)) for parent, name in group.linears]
+        ys, s, z = project(linears, flat, pack.a, pack.heads, dropout)
         pieces = s.split_with_sizes(pack.sizes, -1) if len(pack.sizes) > 1 else (s,)
-        scores = iter(pieces[len(group.terms) :])
+        scores = iter(z.split_with_sizes(pack.head_sizes, -1) if len(pack.head_sizes) > 1 else (z,))
         pairs: dict[str, list] = {name: [] for name in group.attributes}
-        for term, piece, b, head in zip(group.terms, pieces, pack.b, pack.heads, strict=False):
+        for term, piece, b, bias in zip(group.terms, pieces, pack.b, pack.biases, strict=True):
             weights = None
-            if term.own_router and term.mixture.router.granularity == "sequence":
+            if term.by_sequence:
                 weights = self._route_sequences(term, x)
             elif term.own_router:
-                weights = self._route_linears(term, flat, head, next(scores) if merged else None)
+                weights = self._route_linears(term, next(scores), bias)
             elif term.mixture.routed:
                 weights = columns(self.live.routings[term.mixture.name].weights, term.columns)
             mixed = term.bank.mix(piece.view(-1, len(term.places), term.rows), weights, self._constants_of(term.bank, x.device))
@@ -203,14 +201,9 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
                 pairs[place.attribute].append((m, b_matrix, place.columns) if place.fused else (m, b_matrix))
         return {name: lowrank.expand_add_(y, pairs[name]) for name, y in zip(group.attributes, ys, strict=True)}
 
-    def _route_linears(self, term: Term, flat: Tensor, head: tuple[Tensor, Tensor | None], scores: Tensor | None) -> Tensor:
-        """Weights [T, G, E] of the G routers of one term that read flat [T, d]; scores [T, G H] where they are at hand."""
-        weight, bias = head
-        if scores is None:
-            with torch.autocast(flat.device.type, enabled=False):
-                dtype = router_dtype(flat)
-                scores = nn.functional.linear(flat.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        elif bias is not None:
+    def _route_linears(self, term: Term, scores: Tensor, bias: Tensor | None) -> Tensor:
+        """Weights [T, G, E] of the G routers of one term from their scores [T, G H] before the bias [G H]."""
+        if bias is not None:
             scores = scores + bias
         routing = term.mixture.router.route(scores.view(scores.shape[0], len(term.places), -1), self.training)
         self._record(term.mixture, [p.role for p in term.places], routing)
@@ -265,11 +258,6 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         return self._constants[key]
 
 
-def router_dtype(x: Tensor) -> torch.dtype:
-    """Routers compute in fp32, or in fp64 where the model does."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def scores_of(router: Router, p: dict[str, Tensor], x: Tensor) -> Tensor:
     """Router outputs [T, H] of x [T, d]."""
     return nn.functional.linear(x, *router.heads(p)) if isinstance(router, LinearRouter) else router.scores(p, x)
@@ -308,7 +296,7 @@ def sequence_decision(router, name: str, hidden: Tensor, context: Context, decid
         return context.gates[name]
     real = context.mask if context.mask is not None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     prompt = real if context.prompt is None else real & context.prompt
-    x = hidden.to(router_dtype(hidden))
+    x = hidden.to(lowrank.full_precision(hidden.dtype))
     if router.pool == "official_mean":
         pooled = x.mean(1)
     elif router.pool == "last_prompt":

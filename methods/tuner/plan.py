@@ -35,6 +35,15 @@ class Term:
         """True where each linear has a router of its own."""
         return self.mixture.site == "linear" and self.mixture.routed
 
+    @property
+    def by_sequence(self) -> bool:
+        """True where the own routers decide once a sequence."""
+        return self.own_router and self.mixture.router.granularity == "sequence"
+
+    def router_heads(self, owned: Tensors, i: int) -> tuple[Tensor, Tensor | None]:
+        """Linear map of the router on place i."""
+        return self.mixture.router.heads({k: owned[n] for k, n in self.router_names[i].items()})
+
     def __post_init__(self) -> None:
         roles = [p.role for p in self.places]
         self.rows = self.bank.params(*self.places[0].shape)["A"].shape[0]  # of A on each linear
@@ -53,14 +62,16 @@ class Term:
 class Pack:
     """The tensors of one group put together for its GEMMs.
 
-    a [R, d]: rows of all A, then, where `merged`, of all routers; b: B of each place; heads: (weight, bias) of each term's routers, or
-    None; sizes: rows of each piece of the projection.
+    a [R, d]: rows of all A; sizes: rows of each term; b: B of each place of each term; heads [H, d]: rows of all routers, or None;
+    head_sizes: rows of each routed term; biases: of the routers of each term, or None.
     """
 
     a: Tensor
-    b: list[list[Tensor]]
-    heads: list[tuple[Tensor, Tensor | None] | None]
     sizes: list[int]
+    b: list[list[Tensor]]
+    heads: Tensor | None
+    head_sizes: list[int]
+    biases: list[Tensor | None]
 
 
 @dataclass
@@ -68,7 +79,7 @@ class Group:
     """The linears of one layer that read the same input (q, k and v, or gate and up), with all experts on them."""
 
     terms: list[Term]
-    kept: dict[tuple, tuple[tuple, Pack]] = field(default_factory=dict)
+    kept: dict[torch.dtype, tuple[tuple, Pack]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.places = [p for t in self.terms for p in t.places]
@@ -80,30 +91,29 @@ class Group:
             values = {t.name: t.bank.dropout for t in self.terms}
             raise ConfigError(f"dropout={values}: expected one value on linears that share an input.")
 
-    def pack(self, owned: Tensors, dtype: torch.dtype, merged: bool) -> Pack:
-        """The group's tensors in `dtype`. Without gradients the result is kept until one of them changes: decoding would otherwise
-        pay for it at every token."""
+    def pack(self, owned: Tensors, dtype: torch.dtype) -> Pack:
+        """The group's tensors, A and B in `dtype`. Without gradients the result is kept until one of them changes: decoding would
+        otherwise pay for it at every token."""
         if torch.is_grad_enabled():
-            return self._pack(owned, dtype, merged)
+            return self._pack(owned, dtype)
         stamp = tuple([(t.data_ptr(), t._version) for t in map(owned.__getitem__, self.names)])
-        kept = self.kept.get((dtype, merged))
+        kept = self.kept.get(dtype)
         if kept is None or kept[0] != stamp:
-            kept = self.kept[dtype, merged] = (stamp, self._pack(owned, dtype, merged))
+            kept = self.kept[dtype] = (stamp, self._pack(owned, dtype))
         return kept[1]
 
-    def _pack(self, owned: Tensors, dtype: torch.dtype, merged: bool) -> Pack:
-        rows, sizes, heads = [], [], []
+    def _pack(self, owned: Tensors, dtype: torch.dtype) -> Pack:
+        rows, sizes, heads, head_sizes, biases = [], [], [], [], []
         for term in self.terms:
             a = [owned[n] for n in term.a_names]
             rows += a
             sizes.append(sum(t.shape[0] for t in a))
-            maps = [term.mixture.router.heads({k: owned[n] for k, n in names.items()}) for names in term.router_names]
-            heads.append((cat([w for w, _ in maps]), None if maps[0][1] is None else cat([b for _, b in maps])) if maps else None)
-        if merged:
-            rows += [h[0] for h in heads if h is not None]
-            sizes += [h[0].shape[0] for h in heads if h is not None]
+            maps = [] if term.by_sequence else [term.router_heads(owned, i) for i in range(len(term.router_names))]
+            heads += [w for w, _ in maps]
+            head_sizes += [sum(w.shape[0] for w, _ in maps)] if maps else []
+            biases.append(cat([b for _, b in maps]) if maps and maps[0][1] is not None else None)
         b = [[owned[n].to(dtype) for n in term.b_names] for term in self.terms]
-        return Pack(cat(rows).to(dtype), b, heads, sizes)
+        return Pack(cat(rows).to(dtype), sizes, b, cat(heads) if heads else None, head_sizes, biases)
 
 
 def cat(tensors: list[Tensor]) -> Tensor:
