@@ -50,8 +50,8 @@ def mix_ffn(
     keep = None
     if dropout:
         keep = torch.empty_like(gate).bernoulli_(1 - dropout).div_(1 - dropout)
-    b_gate, b_up, a_down = (t.to(dtype) for t in (b_gate, b_up, a_down))
-    return _MixFFN.apply(gate, up, s_gate, s_up, b_gate, b_up, a_down, weights, ids, keep, act)
+    cast = [t.to(dtype) for t in (up, s_gate, s_up, b_gate, b_up, a_down, weights)]  # under autocast they may differ
+    return _MixFFN.apply(gate, *cast, ids, keep, act)
 
 
 class _MixFFN(torch.autograd.Function):
