@@ -1,0 +1,177 @@
+"""The command line: `moabench ...` and `python run.py ...` are the same.
+
+Exit codes: 0 done, 1 a run failed, 2 a config error, 130 interrupted. Errors are one line on stderr; `traceback=true` shows more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import traceback
+from typing import Any
+
+from moabench.benchmarks.config import CONF, RunConfig, groups
+from moabench.benchmarks.files import RunError, storage_error
+from moabench.benchmarks.overrides import nested, one_line, prepare
+from moabench.methods.spec import ConfigError
+
+USAGE = """\
+Train one mixture-of-adapters method on one task, evaluate it, and keep everything about it in a run folder.
+
+usage: {prog} [group=choice ...] [key=value ...]
+       {prog} -m group=choice1,choice2 ... key=value1,value2 ...     (a sweep: every combination)
+
+examples:
+  {prog}                                                     {defaults}
+  {prog} method=lora task=arc_easy train.steps=100 seed=1
+  {prog} method=moa_sparse method.router.gamma_max=0.8 train.lr=1e-3
+  {prog} method=molora method.router.kind=topk method.router.k=2
+  {prog} method=mixlora task=arc data=local data.root=../datasets
+  {prog} model.path=path/or/hub-id train=paper data=hub
+  {prog} -m method=none,lora,moa_soft,moa_sparse seed=0,1,2 quiet=true
+
+choices (each is a file conf/<group>/<choice>.yaml):
+{choices}
+
+keys of the defaults (`{prog} --cfg job` prints the composed config with your overrides):
+{keys}
+
+A finished run is found again and answered from disk; an interrupted one resumes. Other flags are Hydra's: {prog} --hydra-help
+"""
+
+_SWEEP_FAILURES: list[int] = []
+"""Exit codes of the failed jobs of this process: Hydra drops what a job of a sweep returns."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own arguments); returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return 0
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+    _SWEEP_FAILURES.clear()
+    show = "traceback=true" in (arg.lstrip("+").lower() for arg in argv)
+    try:
+        _compose_and_run(prepare(argv))
+        return max(_SWEEP_FAILURES, default=0)
+    except KeyboardInterrupt:
+        _close_bars()
+        print("interrupted; the same command resumes the run", file=sys.stderr)
+        return 130
+    except OSError as error:  # Hydra's own record of a sweep could not be written
+        return report(storage_error(error, error.filename or "the runs_dir"), show)
+    except Exception as error:
+        return report(error, show)
+
+
+def _compose_and_run(argv: list[str]) -> None:
+    import hydra
+
+    # Hydra then raises its errors instead of printing several lines and leaving.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ["MOABENCH_MAIN"] = str(os.getpid())
+    # OpenMP reads this when torch loads it. Its default, spinning, made steps 2 to 3 times slower on a machine that others use too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    saved, sys.argv = sys.argv, [sys.argv[0] or "moabench", *argv]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    finally:
+        sys.argv = saved
+
+
+def job(composed: Any) -> None:
+    """One run, as Hydra calls it. In a sweep a failure is reported and the other jobs go on."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    show = composed.get("traceback") is True
+    try:
+        data = OmegaConf.to_container(composed, resolve=True)
+        show = data.get("traceback") is True
+        cfg = RunConfig.from_composed(data, overrides)
+        if sweep and not cfg.quiet:
+            print(f"\n[{HydraConfig.get().job.num}] {' '.join(text.lstrip('+') for text in overrides)}", flush=True)
+        from moabench.benchmarks.experiment import run
+
+        run(cfg)
+    except Exception as error:
+        _SWEEP_FAILURES.append(report(error, show, label=f"[{HydraConfig.get().job.num}] " if sweep else ""))
+        if os.environ.get("MOABENCH_MAIN") != str(os.getpid()):
+            # A worker process of a launcher: only an exception, one that pickles, tells the parent that the job failed.
+            raise Reported(_SWEEP_FAILURES[-1]) from None
+
+
+class Reported(Exception):
+    """A failure whose message was already printed by the process in which it happened; carries the exit code."""
+
+
+def report(error: Exception, show_traceback: bool, label: str = "") -> int:
+    """Print `error` as one line on stderr, below its traceback if asked for; returns the exit code."""
+    if isinstance(error, Reported):
+        return error.args[0]
+    _close_bars()
+    if show_traceback:
+        traceback.print_exception(error, file=sys.stderr)
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    config_error = isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
+    name = "" if config_error or isinstance(error, RunError) else f"{type(error).__name__}: "
+    print(f"{label}error: {name}{one_line(error)}", file=sys.stderr, flush=True)
+    return 2 if config_error else 1
+
+
+def _close_bars() -> None:
+    """End the line of a progress bar that an error cut short, so that the message has its own."""
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
+
+
+def help_text() -> str:
+    """What `--help` prints: the choices are read from the folders of conf/."""
+    known, prog = groups(), os.path.basename(sys.argv[0]) or "moabench"
+    prog = f"python {prog}" if prog.endswith(".py") else prog
+    choices = "\n".join(_wrapped(f"  {group:<8}", names) for group, names in known.items())
+    keys = "\n".join(_wrapped(f"  {prefix:<8}", names) for prefix, names in _keys().items())
+    return USAGE.format(prog=prog, choices=choices, keys=keys, defaults=_defaults())
+
+
+def _keys() -> dict[str, list[str]]:
+    """Dotted keys by section."""
+    sections: dict[str, list[str]] = {"": []}
+    for f in dataclasses.fields(RunConfig):
+        cls = nested(RunConfig, f.name)
+        if cls is not None:
+            sections[f"{f.name}."] = [g.name for g in dataclasses.fields(cls)]
+        elif f.name != "method":
+            sections[""].append(f.name)
+    return sections
+
+
+def _defaults() -> str:
+    """The default choices, as one would type them."""
+    import yaml
+
+    chosen = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    pairs = [item for entry in chosen if isinstance(entry, dict) for item in entry.items() if " " not in item[0]]
+    return " ".join(f"{group}={choice}" for group, choice in pairs[:3])
+
+
+def _wrapped(head: str, names: list[str], width: int = 110) -> str:
+    import textwrap
+
+    return textwrap.fill(", ".join(names), width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    """SIGTERM (a scheduler's preemption) ends a run as Ctrl-C does: recorded as interrupted, resumable."""
+    raise KeyboardInterrupt

@@ -1,0 +1,286 @@
+"""The typed configuration of one run. Torch-free: a bad value is refused before anything heavy is imported.
+
+`conf/` holds the choices, Hydra composes them, `RunConfig.from_composed` turns the result into frozen dataclasses. Units stand
+beside the fields here and in the YAML files. Whatever is wrong raises ConfigError with the key, the value, what was expected and
+the nearest name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from moabench.benchmarks import tasks
+from moabench.methods import catalog
+from moabench.methods.spec import Bound, ConfigError, Count, NonNegative, Positive, Share, build, nearest
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+"""Folder of the Hydra groups, in the repository as in an installed package."""
+
+
+def groups() -> dict[str, list[str]]:
+    """Every choice a user can make: {"task": ["addsub", "arc", ...], ...}, read from the folders."""
+    choices = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in sorted(CONF.iterdir()) if folder.is_dir()}
+    return {name: found for name, found in choices.items() if found}
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """Sizes of an untrained model (`model=random_tiny`); the vocabulary is that of the built-in tokenizer."""
+
+    architecture: str = "llama"
+    """A `model_type` of transformers."""
+    hidden: Count = 64
+    intermediate: Count = 128
+    layers: Count = 2
+    heads: Count = 4
+    kv_heads: Count = 2
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            sizes = f"hidden={self.hidden}, heads={self.heads}, kv_heads={self.kv_heads}"
+            raise ConfigError(f"{sizes}: expected hidden divisible by heads, and heads by kv_heads.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    name: str
+    kind: Literal["builtin", "pretrained", "random"] = "pretrained"
+    """builtin: the model shipped in benchmarks/world/tiny; pretrained: `path`; random: untrained, of the sizes in `random`."""
+    path: str | None = None
+    """Hub id (`org/name`) or folder; null unless kind is pretrained."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    quantize: Literal[4, 8] | None = None
+    """Bits of the base's linear layers (bitsandbytes); null: not quantised."""
+    random: RandomModel | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "pretrained") != (self.path is not None):
+            raise ConfigError(f"path={self.path!r}: expected a hub id or folder with kind=pretrained only (kind={self.kind}).")
+        if (self.kind == "random") != (self.random is not None):
+            raise ConfigError(f"random={self.random!r}: expected sizes with kind=random only (kind={self.kind}).")
+
+    @property
+    def source(self) -> str:
+        """What `from_pretrained` takes for the weights and the tokenizer (for kind=random the tokenizer only)."""
+        if self.path is not None:
+            return self.path
+        from moabench.benchmarks.world import MODEL
+
+        return str(MODEL)
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder that `source` names; None for a hub id. A folder wins over a hub id of the same spelling."""
+        path = Path(self.source).expanduser()
+        looks_like_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.source) and not self.source.startswith(".")
+        return None if looks_like_hub_id and not path.is_dir() else path
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is trained on and what is evaluated: names of files in benchmarks/tasks/."""
+
+    name: str
+    train: tuple[str, ...]
+    eval: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        known = tasks.names()
+        for key in ("train", "eval"):
+            names = getattr(self, key)
+            if not names:
+                raise ConfigError(f"{key}=[]: expected at least one task.{nearest('', known)}")
+            for name in names:
+                if name not in known:
+                    raise ConfigError(f"{key} names {name!r}: no such task.{nearest(name, known)}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the rows of a task come from. The source is part of every result's name (`arc_easy@builtin`)."""
+
+    source: Literal["builtin", "local", "hub"]
+    root: str | None = None
+    """Folder with `<task>/<split>.jsonl` (source=local)."""
+    train_limit: Count | None = None
+    """Rows per training task; null: all."""
+    eval_limit: Count | None = None
+    """Rows per evaluation task; null: all."""
+    seed: int = 0
+    """Seed of the built-in world; the shipped model knows world 0."""
+
+    def __post_init__(self) -> None:
+        if (self.source == "local") != (self.root is not None):
+            raise ConfigError(f"root={self.root!r}: expected a folder with source=local only (source={self.source}).")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training recipe."""
+
+    steps: Count | None = None
+    """Optimiser steps; exactly one of `steps` and `epochs` is set."""
+    epochs: Positive | None = None
+    batch_size: Count = 16
+    """Sequences per forward pass."""
+    accumulation: Count = 1
+    """Forward passes per optimiser step."""
+    lr: Positive = 2e-3
+    """Peak learning rate of adapters."""
+    lr_full: Positive = 5e-4
+    """Peak learning rate when the whole model is trained (method=full)."""
+    warmup: NonNegative = 0.06
+    """Below 1: share of all steps; from 1 on: steps."""
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    weight_decay: NonNegative = 0.0
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    max_grad_norm: NonNegative = 1.0
+    """Clipping norm; 0: off."""
+    max_length: Annotated[int, Bound(ge=8)] = 256
+    """Tokens a sequence."""
+    gradient_checkpointing: bool = False
+    eval_batch_size: Count = 64
+    """Sequences per forward pass in evaluation."""
+    log_every: Count = 10
+    """Steps between rows of history.parquet."""
+    save_every: Count = 100
+    """Steps between checkpoints for resume."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(f"steps={self.steps}, epochs={self.epochs}: expected exactly one of the two.")
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """Trainable parameters every method is given; `none`: the sizes in the method's own file."""
+
+    name: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Weights & Biases; the run folder is the record, this is a view of it."""
+
+    kind: Literal["wandb", "none"] = "wandb"
+    mode: Literal["offline", "online"] = "offline"
+    project: str = "moabench"
+    group: str | None = None
+    """null: the method's name."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that one run depends on."""
+
+    method: dict
+    model: ModelConfig
+    task: TaskConfig
+    data: DataConfig
+    train: TrainConfig
+    budget: BudgetConfig = BudgetConfig()
+    logger: LoggerConfig = LoggerConfig()
+    runs_dir: str = "runs"
+    seed: Annotated[int, Bound(ge=0)] = 0
+    device: str = "auto"
+    threads: Count | None = None
+    """CPU threads of torch; null: OMP_NUM_THREADS, else every core this process may use."""
+    quiet: bool = False
+    traceback: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device={self.device!r}: expected auto, cpu, mps, cuda or cuda:<number>.")
+
+    @classmethod
+    def from_composed(cls, data: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+        """Validated config from what Hydra composed; `overrides`, as the user typed them, win over the recipes of `train`."""
+        data = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+        chosen = {re.sub(r"^[+~]*", "", text).partition("=")[0] for text in overrides}
+        if isinstance(data.get("method"), dict):
+            method = catalog.parse(data["method"], "method")
+            if isinstance(data.get("train"), dict):
+                data["train"] = _merge_recipe(data["train"], method.name, chosen)
+        if isinstance(data.get("model"), dict) and "model.path" in chosen:
+            data["model"] = _own_model(data["model"], chosen)
+        return build(cls, data)
+
+    @cached_property
+    def parsed_method(self) -> Any:
+        """The validated method (`.name`, `.tuner`)."""
+        return catalog.parse(self.method, "method")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested data, as written to config.yaml."""
+        return _plain(self)
+
+
+def _merge_recipe(train: dict, method: str, chosen: set[str]) -> dict:
+    """`train` with the recipe of `method` put over the common fields, except where the user set a field on the command line."""
+    recipes = train.pop("recipes", None) or {}
+    recipe = recipes.get(method) or {} if isinstance(recipes, Mapping) else recipes
+    if not isinstance(recipe, Mapping):
+        raise ConfigError(f"train.recipes={recipes!r}: expected a mapping from methods to options of train.")
+    train |= {key: value for key, value in recipe.items() if f"train.{key}" not in chosen}
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if f"train.{given}" in chosen and f"train.{other}" not in chosen:
+            train[other] = None  # a length on the command line replaces the file's, whichever unit that used
+    return train
+
+
+def _own_model(model: dict, chosen: set[str]) -> dict:
+    """A model named by its path: it is pretrained, and unless the user says otherwise its name is the path's last part."""
+    model |= {"kind": "pretrained", "random": None}
+    if "model.name" not in chosen and isinstance(model.get("path"), str):
+        model["name"] = re.sub(r"[^\w.-]+", "_", Path(model["path"]).name) or "model"
+    return model
+
+
+NOT_IN_HASH = {
+    "runs_dir": None, "logger": None, "quiet": None, "traceback": None, "threads": None, "train": {"log_every", "save_every"},
+}  # fmt: skip
+"""What cannot change the result: whole sections (None) or some of their keys."""
+
+
+def run_hash(cfg: RunConfig, inputs: Mapping[str, Any] | None = None) -> str:
+    """SHA-256 (hex) of everything that can change the result, `inputs` (fingerprints of weights and data) included."""
+    method = _plain(cfg.parsed_method)
+    method.pop("data")  # as typed; the rest of a parsed method says the same with every default spelled out
+    data = _plain(cfg) | {"method": method}
+    for section, keys in NOT_IN_HASH.items():
+        if keys is None:
+            del data[section]
+        else:
+            data[section] = {k: v for k, v in data[section].items() if k not in keys}
+    return digest({"config": data, "inputs": dict(inputs or {})})
+
+
+def digest(data: Any) -> str:
+    """SHA-256 (hex) of plain data, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts; a part keeps its `kind`, which is a class attribute, since two kinds may have equal fields."""
+    if dataclasses.is_dataclass(value):
+        kind = {"kind": value.kind} if isinstance(getattr(type(value), "kind", None), str) else {}
+        return kind | {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+    return value

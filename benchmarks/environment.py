@@ -1,0 +1,124 @@
+"""What a result depends on besides its config: versions, commit, machine kind, fingerprints of weights and data.
+
+No host names, no user names, no paths. Torch is asked only if it is already imported, so that a finished run is answered
+without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moabench.benchmarks import tasks
+from moabench.benchmarks.config import ModelConfig, RunConfig, digest
+
+PACKAGES = (
+    "moabench", "torch", "transformers", "peft", "accelerate", "lm_eval", "datasets", "tokenizers", "safetensors",
+    "hydra-core", "wandb", "numpy", "scipy", "pandas", "pyarrow", "triton", "bitsandbytes",
+)  # fmt: skip
+
+WHOLE_FILE_BYTES = 64 * 2**20
+"""Larger weight files are fingerprinted by their size and both ends: reading 16 GB before every run would be a nuisance."""
+
+
+def describe(cfg: RunConfig, config_hash: str, inputs: dict[str, Any], device: str) -> dict[str, Any]:
+    """Content of environment.json."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": versions(),
+        "code": commit(),
+        "device": device,
+        "device_name": _device_name(device),
+        "threads": _threads(),
+        "seed": cfg.seed,
+        "config_hash": config_hash,
+        "inputs": inputs,
+    }
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Version of each package that is installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> dict[str, Any]:
+    """Commit of this code and whether it was edited since; both null where the code is not in a git repository of its own."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # In an installed package the files may lie inside somebody else's repository, which does not track them.
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True, timeout=20)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": head, "dirty": bool(changes.strip())}
+
+
+def inputs(cfg: RunConfig) -> dict[str, Any]:
+    """Fingerprints of the weights and of the rows that the run reads; part of the run's hash. Raises ConfigError for bad data."""
+    return {"model": model_fingerprint(cfg.model), "data": data_fingerprints(cfg)}
+
+
+def model_fingerprint(model: ModelConfig) -> str | None:
+    """SHA-256 (16 hex digits) of a folder's config, tokenizer and weights; None for a hub id: its name and revision say it."""
+    if model.folder is None:
+        return None
+    content = hashlib.sha256()
+    patterns = ("tokenizer*.json",) if model.kind == "random" else ("config.json", "tokenizer*.json", "*.safetensors", "*.bin")
+    for file in sorted({f for pattern in patterns for f in model.folder.glob(pattern)}):
+        content.update(file.name.encode())
+        _update(content, file)
+    return content.hexdigest()[:16]
+
+
+def _update(content: Any, path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE_FILE_BYTES:
+            content.update(file.read())
+            return
+        content.update(str(size).encode() + file.read(2**20))
+        file.seek(-(2**20), os.SEEK_END)
+        content.update(file.read())
+
+
+def data_fingerprints(cfg: RunConfig) -> dict[str, str]:
+    """SHA-256 (16 hex digits) of the rows of each task and split; for the hub, of the pinned name and revision."""
+    from moabench.benchmarks.data import load_rows
+
+    found = {}
+    for task, split in sorted({(t, "train") for t in cfg.task.train} | {(t, tasks.get(t).split) for t in cfg.task.eval}):
+        content = tasks.get(task).facts.get("hub") if cfg.data.source == "hub" else load_rows(task, split, cfg.data)
+        found[f"{task}/{split}"] = digest(content)[:16]
+    return found
+
+
+def _device_name(device: str) -> str:
+    torch = sys.modules.get("torch")
+    if torch is not None and device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _threads() -> int | None:
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch is not None else None

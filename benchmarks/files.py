@@ -1,0 +1,124 @@
+"""Files that are whole or not there: written under another name beside their place, synced, then moved.
+
+Whatever keeps a file from being written is one StorageError that says what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on for a reason that the message explains in full."""
+
+
+class StorageError(RunError):
+    """A file cannot be written. The run can go on once that is mended, so it counts as interrupted."""
+
+
+def write(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a temporary file beside `path`, then move it there: readers see the old file or the whole new one."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        fill(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600
+        os.replace(temporary, path)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write(path, lambda file: file.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Strict JSON: numbers that are not finite become null."""
+    write_text(path, json.dumps(_finite(data), indent=2, default=str) + "\n")
+
+
+def write_yaml(path: Path, data: Any) -> None:
+    import yaml
+
+    write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row a mapping; a key that a row lacks is null in it."""
+    import pandas as pd
+
+    write(path, lambda file: pd.DataFrame(list(rows)).to_parquet(file, index=False))
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """As `write`, for a folder; an old folder at `path` is replaced."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        fill(temporary)
+        os.chmod(temporary, 0o777 & ~_umask())
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file's content; None if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+ADVICE = {
+    errno.ENOSPC: "the disk is full; free space or choose another runs_dir",
+    errno.EDQUOT: "the disk quota is used up; free space or choose another runs_dir",
+    errno.EACCES: "no permission; choose another runs_dir",
+    errno.EPERM: "no permission; choose another runs_dir",
+    errno.EROFS: "the file system is read-only; choose another runs_dir",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another runs_dir",
+    errno.EEXIST: "a file stands where a folder is needed; choose another runs_dir",
+}
+"""What to do when a file cannot be written, by errno."""
+
+
+def storage_error(error: OSError, path: str | Path) -> StorageError:
+    """One clear message for a full disk, an unwritable folder and the like."""
+    return StorageError(f"cannot write {path}: {ADVICE.get(error.errno) or error.strerror or error}.")
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {k: _finite(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(v) for v in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

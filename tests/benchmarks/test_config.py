@@ -1,0 +1,189 @@
+"""conf/ and its typed form: every shipped choice composes and validates, bad values are refused, the hash means what it says."""
+
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from moabench.benchmarks import config, tasks
+from moabench.benchmarks.config import CONF, RunConfig, groups, run_hash
+from moabench.methods.spec import ConfigError
+
+NEEDS = {("data", "local"): ["data.root=somewhere"]}
+"""What a choice cannot do without."""
+
+
+def composed(*overrides: str) -> RunConfig:
+    """The config that these overrides give, as on the command line."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        data = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    return RunConfig.from_composed(data, overrides)
+
+
+CHOICES = [(group, choice) for group, choices in groups().items() for choice in choices]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_validates(group, choice):
+    cfg = composed(f"{group}={choice}", *NEEDS.get((group, choice), []))
+    assert len(run_hash(cfg)) == 64
+    if group in ("method", "model", "task", "budget"):
+        part = getattr(cfg, group)
+        assert (part["name"] if group == "method" else part.name) == choice, "the name inside a file is the file's"
+
+
+def test_every_group_has_choices():
+    assert {"method", "model", "task", "data", "train", "budget", "logger"} <= groups().keys()
+
+
+def test_defaults_are_the_documented_ones():
+    cfg = composed()
+    assert (cfg.method["name"], cfg.task.name, cfg.model.name, cfg.data.source) == ("moa_sparse", "arc", "tiny", "builtin")
+    assert (cfg.logger.kind, cfg.logger.mode, cfg.runs_dir, cfg.seed) == ("wandb", "offline", "runs", 0)
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_every_task_can_be_chosen(name):
+    assert name in {task for choice in groups()["task"] for task in composed(f"task={choice}").task.eval}
+
+
+@pytest.mark.parametrize("method", groups()["method"])
+def test_paper_recipes_are_valid(method):
+    cfg = composed(f"method={method}", "train=paper")
+    assert cfg.train.epochs is not None and cfg.train.steps is None
+
+
+def test_paper_recipe_gives_way_to_the_user():
+    assert composed("method=adamole", "train=paper").train.lr == 1e-4
+    assert composed("method=moa_soft", "train=paper").train.lr == 7.5e-4
+    assert composed("method=adamole", "train=paper", "train.lr=3e-3").train.lr == 3e-3
+
+
+def test_recipes_name_existing_methods():
+    import yaml
+
+    recipes = yaml.safe_load((CONF / "train" / "paper.yaml").read_text())["recipes"]
+    assert set(recipes) <= set(groups()["method"])
+
+
+def test_a_length_on_the_command_line_replaces_the_other_unit():
+    train = composed("train=paper", "train.steps=5").train
+    assert (train.steps, train.epochs) == (5, None)
+    train = composed("train.epochs=0.5").train
+    assert (train.steps, train.epochs) == (None, 0.5)
+
+
+def test_a_model_by_its_path():
+    model = composed("++model.path=some/where").model
+    assert (model.kind, model.name, model.source) == ("pretrained", "where", "some/where")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.lr=-1"], "train.lr=-1: expected a number > 0"),
+        (["train.lr=fast"], "train.lr='fast': expected a number"),
+        (["train.batch_size=0"], "train.batch_size=0: expected a whole number >= 1"),
+        (["train.batch_size=2.5"], "train.batch_size=2.5"),
+        (["train.schedule=cosin"], "Did you mean 'cosine'?"),
+        (["train.steps=3", "train.epochs=1"], "expected exactly one of the two"),
+        (["task.eval=[arc_esy]"], "Did you mean 'arc_easy'?"),
+        (["task.train=[]"], "at least one task"),
+        (["data.source=local"], "expected a folder with source=local only"),
+        (["data=builtin", "++data.root=x"], "expected a folder with source=local only"),
+        (["device=gpu"], "device='gpu': expected auto, cpu"),
+        (["seed=-1"], "seed=-1"),
+        (["seed=1.5"], "seed=1.5"),
+        (["++model.quantize=3"], "model.quantize=3"),
+        (["model=random_tiny", "model.random.heads=3"], "hidden divisible by heads"),
+        (["model=random_tiny", "model.kind=pretrained"], "expected a hub id or folder with kind=pretrained only"),
+        (["++train.stpes=3"], "Did you mean 'train.steps'?"),
+    ],
+)
+def test_bad_values_are_refused(overrides, says):
+    with pytest.raises(ConfigError) as caught:
+        composed(*overrides)
+    assert says in str(caught.value).replace("'steps'", "'train.steps'")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "runs_dir=elsewhere",
+        "logger=none",
+        "quiet=true",
+        "traceback=true",
+        "++threads=1",
+        "train.log_every=3",
+        "train.save_every=7",
+    ],
+)
+def test_hash_ignores_what_cannot_change_the_result(override):
+    assert run_hash(composed(override)) == run_hash(composed())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "method=moa_soft",
+        "method.router.gamma_max=0.4",
+        "train.lr=1e-3",
+        "task=addsub",
+        "data.eval_limit=9",
+        "device=cpu",
+        "model.dtype=bfloat16",
+    ],
+)
+def test_hash_tells_results_apart(override):
+    assert run_hash(composed(override)) != run_hash(composed())
+
+
+def test_hash_takes_inputs_and_spelled_out_defaults():
+    assert run_hash(composed(), {"model": "a"}) != run_hash(composed(), {"model": "b"})
+    assert run_hash(composed("++model.revision=null")) == run_hash(composed())
+
+
+def test_two_kinds_with_equal_options_differ_in_hash():
+    kinds = {run_hash(composed("method=molora", f"++method.router={{kind: {kind}}}")) for kind in ("softmax", "sigmoid", "none")}
+    assert len(kinds) == 3
+
+
+def test_config_survives_its_own_file(tmp_path):
+    """What config.yaml holds builds the same run again."""
+    from moabench.benchmarks import files
+
+    cfg = composed("method=mixlora", "train=paper")
+    files.write_yaml(tmp_path / "config.yaml", cfg.to_dict())
+    data = OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml"))
+    assert run_hash(RunConfig.from_composed(data)) == run_hash(cfg)
+
+
+LIGHT = (
+    "methods", "methods.spec", "methods.catalog", "benchmarks", "benchmarks.cli", "benchmarks.config", "benchmarks.overrides",
+    "benchmarks.files", "benchmarks.runs", "benchmarks.environment", "benchmarks.summary", "benchmarks.loggers", "benchmarks.experiment",
+    "benchmarks.model", "benchmarks.data",
+)  # fmt: skip
+HEAVY = ("torch", "transformers", "peft", "lm_eval", "wandb", "pandas", "datasets", "accelerate")
+
+
+def test_light_modules_import_nothing_heavy():
+    """A config error and --help answer at once only if this holds."""
+    code = f"""
+import importlib, sys
+for name in {LIGHT}:
+    importlib.import_module("moabench." + name)
+    found = [heavy for heavy in {HEAVY} if heavy in sys.modules]
+    assert not found, (name, found)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_groups_come_from_folders(tmp_path, monkeypatch):
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "new.yaml").write_text("name: new\n")
+    monkeypatch.setattr(config, "CONF", tmp_path)
+    assert config.groups() == {"task": ["new"]}

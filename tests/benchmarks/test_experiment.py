@@ -1,0 +1,229 @@
+"""A run from config to folder, on an untrained model: what is recorded, what is shared between runs, what becomes of errors."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from moabench.benchmarks import evaluation, experiment, training
+from moabench.benchmarks.config import CONF, RunConfig, run_hash
+from moabench.benchmarks.environment import inputs
+from moabench.benchmarks.files import RunError, StorageError, read_json
+from moabench.benchmarks.runs import find
+from moabench.methods.spec import ConfigError
+
+SMALL = ("model=random_tiny", "train=smoke", "data.eval_limit=6", "data.train_limit=20", "logger=none", "quiet=true", "++threads=1")
+CLOCK = {"train/seconds", "train/tokens_per_second", "memory/peak_bytes"}
+"""Metrics that are not determined by the config."""
+
+
+def config(runs_dir: Path, *overrides: str) -> RunConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        data = OmegaConf.to_container(compose("config", [*SMALL, f"runs_dir={runs_dir}", *overrides]), resolve=True)
+    return RunConfig.from_composed(data, overrides)
+
+
+def settled(metrics: dict) -> dict:
+    return {key: value for key, value in metrics.items() if key not in CLOCK}
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Names of the expensive steps in the order in which they happen."""
+    done: list[str] = []
+
+    def counted(module, name):
+        original = getattr(module, name)
+
+        def call(*args, **kwargs):
+            done.append(name + (" resumed" if kwargs.get("resume") else ""))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(evaluation, "evaluate")
+    counted(training, "train")
+    return done
+
+
+def failing(monkeypatch, error: BaseException) -> None:
+    def train(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(training, "train", train)
+
+
+# ---- what is recorded
+
+
+def test_the_record_is_complete(tmp_path):
+    outcome = experiment.run(config(tmp_path))
+    metrics = read_json(outcome.folder / "metrics.json")
+    assert outcome.ran and outcome.metrics == metrics
+    for task in ("arc_easy@builtin", "arc_challenge@builtin"):
+        assert {
+            f"{part}/{task}/{name}" for part in ("eval", "base") for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+        } <= metrics.keys()
+    wanted = "train/loss_task train/tokens_per_second train/seconds memory/peak_bytes params/trainable params/total load/effective_experts"
+    assert set(wanted.split()) <= metrics.keys()
+    tables = {name: pd.read_parquet(outcome.folder / f"{name}.parquet") for name in ("history", "routing", "samples")}
+    assert list(tables["history"]["step"]) == [1, 2]
+    assert {"site", "expert", "split", "task"} <= set(tables["routing"].columns)
+    assert len(tables["samples"]) == 12
+    assert not (outcome.folder / "checkpoints").exists()
+    saved = RunConfig.from_composed(OmegaConf.to_container(OmegaConf.load(outcome.folder / "config.yaml")))
+    assert outcome.folder.name.endswith(run_hash(saved, inputs(saved))[:8])
+
+
+def test_accuracy_agrees_with_the_samples(tmp_path):
+    outcome = experiment.run(config(tmp_path, "method=lora"))
+    samples = pd.read_parquet(outcome.folder / "samples.parquet")
+    for task, rows in samples.groupby("task"):
+        assert rows["correct"].mean() == pytest.approx(outcome.metrics[f"eval/{task}/acc"])
+
+
+def test_the_environment_names_no_place(tmp_path):
+    outcome = experiment.run(config(tmp_path, "method=lora"))
+    text = (outcome.folder / "environment.json").read_text()
+    record = json.loads(text)
+    assert {"packages", "code", "device", "threads", "seed", "config_hash", "inputs"} <= record.keys()
+    assert record["threads"] == 1 and record["packages"]["torch"] == torch.__version__
+    for place in (str(tmp_path), str(Path.home()), os.getcwd()):
+        assert place not in text
+    assert str(Path(experiment.__file__).parent) not in (outcome.folder / "adapter" / "adapter_config.json").read_text()
+
+
+def test_equal_configs_give_equal_results_in_one_process(tmp_path):
+    """The second run starts from whatever the first and the lines between left of the global state."""
+    first = experiment.run(config(tmp_path / "a")).metrics
+    torch.manual_seed(99), torch.rand(7), torch.set_num_threads(1)
+    second = experiment.run(config(tmp_path / "b")).metrics
+    assert settled(first) == settled(second)
+    other = experiment.run(config(tmp_path / "b", "seed=1")).metrics
+    assert other["train/loss_task"] != first["train/loss_task"]
+
+
+def test_a_known_base_changes_nothing(tmp_path):
+    first = experiment.run(config(tmp_path))
+    shutil.rmtree(first.folder)
+    assert settled(experiment.run(config(tmp_path)).metrics) == settled(first.metrics)
+
+
+# ---- what is not done twice
+
+
+def test_a_finished_run_is_read(tmp_path, calls):
+    first = experiment.run(config(tmp_path, "method=lora"))
+    done = len(calls)
+    again = experiment.run(config(tmp_path, "method=lora", "traceback=true"))
+    assert not again.ran and again.metrics == first.metrics and len(calls) == done
+
+
+def test_the_base_is_evaluated_once(tmp_path, calls):
+    experiment.run(config(tmp_path, "method=lora"))
+    experiment.run(config(tmp_path, "method=molora", "train.lr=1e-3"))
+    assert calls == ["evaluate", "train", "evaluate", "train", "evaluate"]
+    experiment.run(config(tmp_path, "method=molora", "data.eval_limit=5"))
+    assert calls[5:] == ["evaluate", "train", "evaluate"], "other questions are another evaluation"
+
+
+def test_the_frozen_base_as_a_method(tmp_path, calls):
+    outcome = experiment.run(config(tmp_path, "method=none"))
+    assert calls == ["evaluate"]
+    assert outcome.metrics["params/trainable"] == 0
+    assert outcome.metrics["eval/arc_easy@builtin/acc"] == outcome.metrics["base/arc_easy@builtin/acc"]
+    assert len(pd.read_parquet(outcome.folder / "samples.parquet")) == 12
+    assert not (outcome.folder / "adapter").exists()
+
+
+def test_other_weights_are_another_run(tmp_path, llama, tokenizer):
+    llama.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    path = f"++model.path={tmp_path / 'base'}"
+    first = experiment.run(config(tmp_path / "runs", "model=tiny", path, "method=none"))
+    with torch.no_grad():
+        llama.lm_head.weight.mul_(-1)
+    llama.save_pretrained(tmp_path / "base")
+    second = experiment.run(config(tmp_path / "runs", "model=tiny", path, "method=none"))
+    assert second.ran and second.folder != first.folder
+
+
+# ---- errors
+
+
+def test_a_failed_run_stays_with_its_reason_and_is_tried_again(tmp_path, monkeypatch, calls):
+    with monkeypatch.context() as patch:
+        failing(patch, RuntimeError("boom"))
+        with pytest.raises(RuntimeError, match="boom"):
+            experiment.run(config(tmp_path, "method=lora"))
+    (folder,) = find(tmp_path)
+    assert read_json(folder / "status.json")["state"] == "failed" and "boom" in read_json(folder / "status.json")["reason"]
+    assert not (folder / "metrics.json").exists(), "a half-run has no metrics"
+    assert experiment.run(config(tmp_path, "method=lora")).ran
+    assert "train" in calls and "train resumed" not in calls
+    assert "boom" in read_json(folder / "status.json")["before"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "state"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, "interrupted"),
+        (OSError(28, "No space left on device"), StorageError, "interrupted"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 177408 vs 177300"), StorageError, "interrupted"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RunError, "failed"),
+        (ConfigError("loss/task=nan at step 3: expected a finite loss."), RunError, "failed"),
+    ],
+)
+def test_what_becomes_of_an_error_in_training(tmp_path, monkeypatch, calls, error, raised, state):
+    with monkeypatch.context() as patch:
+        failing(patch, error)
+        with pytest.raises(raised):
+            experiment.run(config(tmp_path, "method=lora"))
+    (folder,) = find(tmp_path)
+    status = read_json(folder / "status.json")
+    assert status["state"] == state and status["reason"]
+    experiment.run(config(tmp_path, "method=lora"))
+    assert ("train resumed" in calls) == (state == "interrupted")
+
+
+def test_bad_input_found_late_leaves_nothing(tmp_path, monkeypatch):
+    from moabench import methods
+
+    def attach(*args, **kwargs):
+        raise ConfigError("method.experts.targets: no such linear")
+
+    monkeypatch.setattr(methods, "attach", attach)
+    with pytest.raises(ConfigError, match="no such linear"):
+        experiment.run(config(tmp_path, "method=lora"))
+    assert find(tmp_path) == []
+
+
+# ---- adapters
+
+
+@pytest.mark.parametrize("method", ["lora", "molora"])
+def test_a_trained_adapter_loads_on_its_base_only(tmp_path, method):
+    from moabench.benchmarks.model import load_model
+
+    cfg = config(tmp_path, f"method={method}", "train.lr=0.1")
+    folder = experiment.run(cfg).folder / "adapter"
+    base, tokenizer = load_model(cfg.model, cfg.seed, "cpu")
+    ids = tokenizer("Question: what?", return_tensors="pt").input_ids
+    plain = base(ids).logits
+    adapted = experiment.load_adapter(base, folder).eval()
+    assert not torch.allclose(adapted(ids).logits, plain)
+    for size in ("layers=3", "hidden=32", "intermediate=64"):
+        other, _ = load_model(config(tmp_path, f"model.random.{size}").model, 0, "cpu")
+        with pytest.raises(ConfigError, match="made for random_tiny"):
+            experiment.load_adapter(other, folder)
+
+
+def test_a_folder_that_is_no_adapter(tmp_path, llama):
+    with pytest.raises(ConfigError, match=r"no adapter_config\.json"):
+        experiment.load_adapter(llama, tmp_path)

@@ -1,0 +1,294 @@
+"""Training against its invariants: accumulation, resume, a mid-run evaluation, what is trained, what the loss and the load count.
+
+pytest tests/benchmarks/test_training.py
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from moabench.benchmarks import batches, tasks
+from moabench.benchmarks.data import load_rows
+from moabench.benchmarks.evaluation import evaluate
+from moabench.benchmarks.trainer import MixtureTrainer, answer_nll
+from moabench.benchmarks.training import _arguments, encode_rows, train
+from moabench.methods import record
+from moabench.methods.spec import ConfigError
+
+METHODS = ["full", "lora", "moe_lora_topk", "moa_sparse", "mixlora", "moa_instance"]
+
+
+def rows(cfg):
+    return [row for task in cfg.task.train for row in load_rows(task, "train", cfg.data)]
+
+
+def trainable(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys() and found
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def draw(*_):
+    """A forward hook of a model that uses random numbers."""
+    torch.rand(1)
+
+
+class Stop(TrainerCallback):
+    """The power goes off after `step` steps."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+# the same run, disturbed and undisturbed
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_ends_bitwise_equal(name, attached, tokenizer, config, tmp_path):
+    """Cut at step 5, between a checkpoint (4) and a logged step (6); dropout of the methods makes random states matter."""
+    cfg = config(name, steps=8, save_every=4, log_every=3)
+    whole_model = attached(name)
+    whole = train(whole_model, tokenizer, rows(cfg), cfg, tmp_path / "whole", resume=False, progress=False)
+    cut_model = attached(name)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut_model, tokenizer, rows(cfg), cfg, tmp_path / "cut", resume=False, progress=False, callbacks=[Stop(5)])
+    resumed_model = attached(name)
+    resumed = train(resumed_model, tokenizer, rows(cfg), cfg, tmp_path / "cut", resume=True, progress=False)
+    assert_equal(trainable(resumed_model), trainable(whole_model))
+    clocks = ("seconds", "tokens_per_second")
+    timeless = [[{k: v for k, v in row.items() if k not in clocks} for row in r.history] for r in (resumed, whole)]
+    assert timeless[0] == timeless[1]
+    assert [row["step"] for row in whole.history] == [3, 6, 8]
+    assert resumed.routing == whole.routing
+    assert resumed.metrics["train/tokens"] == whole.metrics["train/tokens"]
+
+
+@pytest.mark.parametrize("name", ["lora", "mixlora"])
+def test_a_mid_run_evaluation_changes_nothing(name, attached, tokenizer, config, tmp_path):
+    cfg = config(name)
+
+    class Evaluate(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                assert model.training
+                hook = model.register_forward_pre_hook(draw)
+                evaluate(model, tokenizer, ("arc_easy",), cfg, progress=False)
+                hook.remove()
+                assert model.training
+
+    with_it, without = attached(name), attached(name)
+    train(with_it, tokenizer, rows(cfg), cfg, tmp_path / "a", resume=False, progress=False, callbacks=[Evaluate()])
+    train(without, tokenizer, rows(cfg), cfg, tmp_path / "b", resume=False, progress=False)
+    assert_equal(trainable(with_it), trainable(without))
+
+
+@pytest.mark.parametrize("name", ["lora", "mixlora", "moa_sparse"])
+def test_gradient_checkpointing_changes_no_gradient_and_counts_nothing_twice(name, attached, tokenizer, config, tmp_path):
+    results = {}
+    for on in (False, True):
+        cfg = config(name, steps=2, log_every=1, gradient_checkpointing=on)
+        model = attached(name)
+        found = train(model, tokenizer, rows(cfg), cfg, tmp_path / str(on), resume=False, progress=False)
+        results[on] = trainable(model), found.routing, [{k: v for k, v in row.items() if k.startswith("loss")} for row in found.history]
+    for key, value in results[False][0].items():
+        torch.testing.assert_close(results[True][0][key], value, rtol=1e-4, atol=1e-6)
+    assert results[True][2] == [pytest.approx(row) for row in results[False][2]]
+    assert [r["tokens"] for r in results[True][1]] == [r["tokens"] for r in results[False][1]]
+
+
+def test_an_interrupted_checkpoint_is_passed_over(attached, tokenizer, config, tmp_path):
+    cfg = config("lora")
+    with pytest.raises(KeyboardInterrupt):
+        train(attached("lora"), tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False, callbacks=[Stop(4)])
+    (tmp_path / "checkpoints" / "checkpoint-5").mkdir()  # no trainer_state.json: killed while writing
+    result = train(attached("lora"), tokenizer, rows(cfg), cfg, tmp_path, resume=True, progress=False)
+    assert [row["step"] for row in result.history] == [2, 4, 6]
+
+
+# the loss
+
+
+@pytest.mark.parametrize("name", ["lora", "moe_lora_topk", "mixlora"])
+def test_gradients_do_not_depend_on_accumulation(name, attached, tokenizer, config, tmp_path):
+    """8 sequences at once against 4 times 2: task loss by answer tokens over all 8, auxiliary losses as their mean over passes.
+
+    A balance loss is not linear in the batch, so it is compared with the mean of its gradients over the passes of 2.
+    """
+    model = attached(name).eval()  # no dropout: the two runs draw different masks
+    examples, _ = encode_rows(tokenizer, rows(config())[:8], config())
+    once, parts = (
+        gradients(model, config(batch_size=8), examples, tmp_path),
+        gradients(model, config(batch_size=2, accumulation=4), examples, tmp_path),
+    )
+    assert_close(parts["task"], once["task"])
+    if name == "mixlora":
+        expected = {}
+        for i in range(0, 8, 2):
+            for key, value in gradients(model, config(batch_size=2), examples[i : i + 2], tmp_path)["aux"].items():
+                expected[key] = expected.get(key, 0) + value / 4
+        assert_close(parts["aux"], expected)
+    assert_close(parts["all"], {k: parts["task"][k] + parts["aux"].get(k, 0) for k in parts["all"]})
+
+
+def gradients(model, cfg, examples, folder):
+    """Gradients of the task loss, of the auxiliary losses and of both, as one optimiser step accumulates them."""
+    size, steps = cfg.train.batch_size, len(examples) // cfg.train.batch_size
+    found = {}
+    for part in ("task", "aux", "all"):
+        trainer = MixtureTrainer(model=model, args=_arguments(model, cfg, 1, folder), train_dataset=examples)
+        trainer.current_gradient_accumulation_steps = steps
+        model.zero_grad()
+        chunks = [batches.collate(examples[i : i + size], 2) for i in range(0, len(examples), size)]
+        items = sum((chunk["labels"][:, 1:] != -100).sum() for chunk in chunks)
+        for chunk in chunks:
+            losses = {}
+            trainer.tally.add = lambda parts, mask, routing, losses=losses: losses.update(parts)
+            total = trainer.compute_loss(model, chunk, num_items_in_batch=items)
+            aux = sum(value for key, value in losses.items() if key != "task")
+            loss = {"task": losses["task"], "aux": aux, "all": total}[part]
+            if torch.is_tensor(loss) and loss.requires_grad:
+                loss.backward()
+        found[part] = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return found
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys() and found
+    for name, value in expected.items():
+        error = (found[name] - value).norm() / value.norm().clamp_min(1e-8)
+        assert error < 1e-4, f"{name}: relative error {error:.2g}"
+
+
+def test_the_loss_is_that_of_the_answer_tokens_and_the_end(llama, tokenizer, config):
+    """Against transformers' own loss, from labels that are -100 on the prompt."""
+    row = rows(config())[0]
+    (example,), cut = encode_rows(tokenizer, [row], config(max_length=256))
+    task = tasks.get("arc_easy")
+    assert tokenizer.decode(example.ids[example.start :]) == task.answer(row) + "</s>"
+    assert tokenizer.decode(example.ids[: example.start]) == task.prompt(row)
+    assert cut == 0
+    batch = batches.collate([example], 2)
+    labels = torch.tensor([[-100] * example.start + example.ids[example.start :]])
+    assert torch.equal(batch["labels"], labels)
+    expected = llama(input_ids=batch["input_ids"], labels=labels).loss
+    logits = batches.forward(llama, batch, batch["kept"])
+    found = answer_nll(logits, labels[:, -batch["kept"] :]) / (len(example.ids) - example.start)
+    torch.testing.assert_close(found, expected)
+
+
+def test_padding_changes_no_loss(llama, tokenizer, config):
+    examples, _ = encode_rows(tokenizer, rows(config())[:6], config())
+
+    def nll(chosen, pad):
+        batch = batches.collate(chosen, pad)
+        return answer_nll(batches.forward(llama, batch, batch["kept"]), batch["labels"][:, -batch["kept"] :])
+
+    alone = sum(nll([example], 2) for example in examples)
+    for pad in (2, 1, 7):  # also where the pad token is the end token, or a word
+        torch.testing.assert_close(nll(examples, pad), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_logged_parts_add_up(attached, tokenizer, config, tmp_path):
+    cfg = config("mixlora", log_every=1)
+    result = train(attached("mixlora"), tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False)
+    for row in result.history:
+        parts = [value for key, value in row.items() if key.startswith("loss/") and key != "loss/total"]
+        assert len(parts) == 2
+        assert sum(parts) == pytest.approx(row["loss/total"])
+    assert result.metrics["train/loss_task"] == pytest.approx(result.history[-1]["loss/task"])
+    assert result.metrics["train/tokens"] == sum(row["tokens"] for row in result.history)
+    assert result.metrics["memory/peak_bytes"] > 2**20
+
+
+def test_a_loss_that_is_not_finite_is_an_error(attached, tokenizer, config, tmp_path):
+    cfg = config("lora", lr=1e30, max_grad_norm=0.0)
+    with pytest.raises(ConfigError, match=r"loss/\w+=(nan|inf) at step \d.*learning rate"):
+        train(attached("lora"), tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False)
+
+
+# what is trained, and on what
+
+
+def test_nothing_happens_where_nothing_is_trainable(attached, tokenizer, config, tmp_path):
+    model = attached("none")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = train(model, tokenizer, rows(config()), config(), tmp_path, resume=False, progress=False)
+    assert (result.metrics, result.history, result.routing) == ({}, [], [])
+    assert_equal(dict(model.state_dict()), before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["lora", "moa_sparse"])
+def test_the_frozen_base_stays(name, attached, tokenizer, config, tmp_path):
+    model, cfg = attached(name), config(name)
+    before = {k: p.detach().clone() for k, p in model.named_parameters() if not p.requires_grad}
+    start = trainable(model)
+    train(model, tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False)
+    assert_equal({k: p.detach() for k, p in model.named_parameters() if not p.requires_grad}, before)
+    assert any(not torch.equal(value, start[key]) for key, value in trainable(model).items())
+    assert not model.training
+    assert model.config.use_cache
+
+
+@pytest.mark.parametrize(("name", "rate"), [("full", "lr_full"), ("lora", "lr"), ("moa_soft", "lr")])
+def test_adapters_and_whole_models_have_their_own_learning_rate(name, rate, attached, config, tmp_path):
+    cfg = config(name, lr=1e-2, lr_full=1e-4)
+    assert _arguments(attached(name), cfg, 6, tmp_path).learning_rate == getattr(cfg.train, rate)
+
+
+def test_weight_decay_leaves_out_what_says_so(llama, config, tmp_path):
+    llama.model.layers[0].mlp.up_proj.weight.no_weight_decay = True
+    llama.model.register_parameter("gate_no_weight_decay", torch.nn.Parameter(torch.ones(3)))
+    decayed = MixtureTrainer(model=llama, args=_arguments(llama, config(), 1, tmp_path)).get_decay_parameter_names(llama)
+    assert "model.layers.1.mlp.up_proj.weight" in decayed
+    assert not {"model.layers.0.mlp.up_proj.weight", "model.gate_no_weight_decay", "model.norm.weight"} & set(decayed)
+
+
+def test_every_row_is_seen_once_a_pass_in_batches_of_like_length():
+    lengths = [(7 * i) % 50 + 5 for i in range(1003)]
+    order = batches.training_order(lengths, batch=16, steps=126, seed=3)
+    assert len(order) == 126 * 16
+    assert sorted(order[:1003]) != order[:1003]
+    counts = np.bincount(order, minlength=1003)
+    assert counts.min() >= 2 and counts.max() <= 3  # 2016 = 2 passes and 10 examples of the third
+    assert order == batches.training_order(lengths, 16, 126, 3) != batches.training_order(lengths, 16, 126, 4)
+    spread = [max(lengths[i] for i in order[j : j + 16]) - min(lengths[i] for i in order[j : j + 16]) for j in range(0, 2016, 16)]
+    assert np.median(spread) <= 5
+
+
+def test_long_prompts_lose_their_beginning_and_are_counted(tokenizer, config):
+    cfg = config(max_length=16)
+    examples, cut = encode_rows(tokenizer, rows(cfg), cfg)
+    whole, _ = encode_rows(tokenizer, rows(cfg), config(max_length=4096))
+    assert cut == sum(len(e.ids) > 16 for e in whole) > 0
+    assert all(e.ids == w.ids[-16:] and 1 <= e.start < len(e.ids) for e, w in zip(examples, whole, strict=True))
+
+
+def test_epochs_are_whole_passes(attached, tokenizer, config, tmp_path):
+    cfg = config("lora", steps=None, epochs=0.5, batch_size=4, accumulation=2)
+    result = train(attached("lora"), tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False)
+    assert result.metrics["train/steps"] == math.ceil(80 / 2 / 8)
+
+
+def test_training_load_covers_every_site_and_token(attached, tokenizer, config, tmp_path):
+    cfg = config("moe_lora_topk")
+    model = attached("moe_lora_topk")
+    result = train(model, tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False)
+    with torch.no_grad(), record(model) as rec:
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert {r["site"] for r in result.routing} == set(rec.routing)
+    assert {(r["split"], r["task"]) for r in result.routing} == {("train", "arc_easy@local+arc_challenge@local")}
+    assert {r["tokens"] for r in result.routing} == {result.metrics["train/tokens"]}
+    assert result.metrics["load/train_mean_active"] == pytest.approx(2)
+    assert result.history[0]["load/mean_active"] == pytest.approx(2)

@@ -1,0 +1,149 @@
+"""Every adapter on every supported architecture, through stock transformers classes: start, training, cache, saving, disabling; and the
+refusal of models without the modules sought.
+
+Run: python -m pytest tests/methods/test_architectures.py
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel
+from tiny import ADAPTERS, ARCHITECTURES, MIXTURES, PAD, VOCAB, assert_near, attached, base, batch, logits, prompt_mask, train, trainable
+
+from moabench import methods
+from moabench.methods import catalog
+from moabench.methods.spec import ConfigError
+
+PROMPT, BOUND = 5, 5e-5
+ALL_LINEARS = {"experts.n": 2, "experts.r": 2, "experts.targets": ["q", "k", "v", "o", "gate", "up", "down"]}
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+def plain(request):
+    """A random model; tests attach to copies of it."""
+    return base(request.param)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_attach_train_generate_save_disable(name, plain, tmp_path):
+    inputs = batch(left=2)
+    real = inputs["attention_mask"].bool()
+    want = logits(plain, **inputs)
+    model = attached(name, copy.deepcopy(plain), trained=False)
+    assert_near("logits at step 0", logits(model, **inputs)[real], want[real], 1e-5)
+    train(model, steps=2, inputs=inputs)
+    full = logits(model, **inputs, **prompt_mask(model, inputs["input_ids"]))
+    assert full[real].isfinite().all()
+    assert (full - want)[real].abs().max() > 1e-3, "training changed nothing"
+
+    cache = None
+    with torch.no_grad():
+        for start, stop in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, inputs["input_ids"].shape[1])):
+            out = model(
+                input_ids=inputs["input_ids"][:, start:stop],
+                position_ids=inputs["position_ids"][:, start:stop],
+                attention_mask=inputs["attention_mask"][:, :stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = out.past_key_values
+            assert_near(f"cached tokens {start}..{stop}", out.logits[real[:, start:stop]], full[:, start:stop][real[:, start:stop]], BOUND)
+        tokens = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=3,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=PAD,
+        )
+    assert tokens.shape == (2, 12)
+
+    with model.disable_adapter():
+        assert torch.equal(logits(model, **inputs), want)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+    assert torch.equal(logits(loaded, **inputs), logits(model, **inputs))
+
+
+@pytest.mark.parametrize("name", ["molora", "hydralora", "adamole"])
+def test_all_seven_roles(name, plain):
+    """Fused linears (Phi-3) serve several roles; each role has tensors of its own shape, an effect and a gradient."""
+    model = attached(name, copy.deepcopy(plain), **ALL_LINEARS)
+    config = plain.config
+    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    q, kv, d, f = heads * config.num_attention_heads, heads * config.num_key_value_heads, config.hidden_size, config.intermediate_size
+    shapes = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+    sites = model.base_model.sites()
+    assert len(sites) == 2 * 7
+    want = logits(model, **batch())
+    for site in sites[:7]:
+        bank = site.banks[0]
+        assert (bank.A.shape[1], bank.B.shape[0]) == shapes[bank.place], site.name
+        with torch.no_grad():
+            kept = bank.B.clone()
+            bank.B.zero_()
+            assert not torch.equal(logits(model, **batch()), want), f"{site.name} has no effect"
+            bank.B.copy_(kept)
+    model(**batch(), labels=batch()["input_ids"]).loss.backward()
+    assert not [n for n, p in trainable(model).items() if p.grad is None or not p.grad.count_nonzero()]
+
+
+def test_roles_of_a_fused_linear_are_its_slices():
+    """Phi-3's qkv_proj with LoRA on v alone changes only the values; the same A and B on separate linears give the same model."""
+    fused, split = base("phi3"), base("llama", rms_norm_eps=1e-5)
+    with torch.no_grad():
+        split.load_state_dict({k: v for k, v in fused.state_dict().items() if "qkv" not in k and "gate_up" not in k}, strict=False)
+        for a, b in zip(fused.model.layers, split.model.layers, strict=True):
+            b.self_attn.q_proj.weight.copy_(a.self_attn.qkv_proj.weight[:32])
+            b.self_attn.k_proj.weight.copy_(a.self_attn.qkv_proj.weight[32:48])
+            b.self_attn.v_proj.weight.copy_(a.self_attn.qkv_proj.weight[48:])
+            b.mlp.gate_proj.weight.copy_(a.mlp.gate_up_proj.weight[:48])
+            b.mlp.up_proj.weight.copy_(a.mlp.gate_up_proj.weight[48:])
+        split.model.rotary_emb = fused.model.rotary_emb
+    inputs = batch(left=2)
+    real = inputs["attention_mask"].bool()
+    assert_near("bases", logits(split, **inputs)[real], logits(fused, **inputs)[real], 1e-5)
+    for name in MIXTURES:
+        pair = [
+            attached(name, copy.deepcopy(m), **({} if name != "molora" else {"experts.targets": ["v", "gate", "down"]}))
+            for m in (fused, split)
+        ]
+        assert trainable(pair[0]).keys() == trainable(pair[1]).keys()
+        assert_near(name, logits(pair[0], **inputs)[real], logits(pair[1], **inputs)[real], 1e-5)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_gpt2_is_refused_with_what_was_sought_and_found(name):
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCAB))
+    with pytest.raises(ConfigError) as error:
+        methods.attach(model, catalog.raw(name))
+    message = str(error.value)
+    for part in ("GPT2LMHeadModel", "q_proj", "self_attn", "c_attn", "c_fc"):
+        assert part in message, f"{part} is not in: {message}"
+
+
+def test_a_layer_without_a_gated_block_is_refused_by_role():
+    """OPT has q_proj but no gate: the message names the missing role and what the layer has."""
+    model = tf.OPTForCausalLM(
+        tf.OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCAB, word_embed_proj_dim=16)
+    )
+    with pytest.raises(ConfigError) as error:
+        methods.attach(model, catalog.raw("mixlora"))
+    assert "gate" in str(error.value) and "fc1" in str(error.value)
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model = tf.OPTForCausalLM(
+        tf.OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCAB, word_embed_proj_dim=16)
+    )
+    names = [n for n, _ in model.named_modules()]
+    implementation = model.config._attn_implementation
+    for name in ("mixlora", "moa_soft"):
+        with pytest.raises(ConfigError):
+            methods.attach(model, catalog.raw(name))
+    assert [n for n, _ in model.named_modules()] == names and model.config._attn_implementation == implementation
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
