@@ -10,8 +10,8 @@ JOBS   ?= 2
 
 BIN := $(VENV)/bin
 
-# The wheel of this index has no CUDA packages with it; a machine without a GPU needs none of their 3 GB.
-TORCH_CPU := https://download.pytorch.org/whl/cpu
+# An index to look for PyTorch in as well: without a GPU, PyTorch's own CPU index saves some GB of CUDA packages.
+TORCH_INDEX ?=
 
 # glibc otherwise returns every freed activation to the kernel and faults it in again: 28 % of a step's time, 4 % with these.
 export MALLOC_MMAP_THRESHOLD_ = 17179869184
@@ -40,7 +40,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	command -v nvidia-smi > /dev/null || $(BIN)/python -m pip install --retries 1 --extra-index-url $(TORCH_CPU) torch==2.13.0
+	command -v nvidia-smi > /dev/null || $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
 	$(BIN)/python -m pip install --editable .
 	touch $@
 

@@ -85,7 +85,7 @@ def _measure(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: logg
     from moabench.benchmarks.data import load_rows
     from moabench.benchmarks.evaluation import evaluate
     from moabench.benchmarks.model import load_model
-    from moabench.benchmarks.training import train
+    from moabench.benchmarks.training import LiveLog, train
 
     rows = [dict(row, task=task) for task in cfg.task.train for row in load_rows(task, "train", cfg.data)]
     model, tokenizer = load_model(cfg.model, cfg.seed, device)
@@ -97,7 +97,8 @@ def _measure(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: logg
     history, routing = [], []
     if sizes["trainable"]:
         try:
-            trained = train(model, tokenizer, rows, cfg, path, resume=resume, progress=not cfg.quiet)
+            live = [LiveLog(logger.log)]
+            trained = train(model, tokenizer, rows, cfg, path, resume=resume, progress=not cfg.quiet, callbacks=live)
         except ConfigError as error:  # a loss that is not finite: the run stays, with its reason
             raise RunError(str(error)) from error
         history, routing = [{"step": row["step"], **row} for row in trained.history], list(trained.routing)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,9 +129,17 @@ def _arguments(model, cfg: RunConfig, steps: int, folder: Path) -> TrainingArgum
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; its state file is written last, so a folder without one was interrupted."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    """The newest whole checkpoint. Its state file is written last, so a folder where that is missing or cut short was interrupted."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def _summary(history: list[dict[str, Any]], tally) -> dict[str, float]:
@@ -163,6 +172,17 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+class LiveLog(TrainerCallback):
+    """Hands each logged row to `log(step, row)` while training goes on."""
+
+    def __init__(self, log: Callable[[int, dict[str, Any]], None]):
+        self.log = log
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss/task" in logs:
+            self.log(state.global_step, logs)
 
 
 @contextmanager

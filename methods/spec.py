@@ -119,12 +119,13 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
             raise ConfigError(f"{wrong}{near if 'mean' in near else ''}")
         return value
     if origin in (typing.Union, types.UnionType):
+        errors = []
         for option in args:
             try:
                 return _convert(value, option, path)
             except ConfigError as error:
-                last = error
-        raise last if len([a for a in args if a is not type(None)]) == 1 and value is not None else wrong
+                errors += [] if option is type(None) else [error]
+        raise errors[0] if len(errors) == 1 and value is not None else wrong
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise wrong

@@ -50,11 +50,12 @@ def corpus(seed: int = 0, config: WorldConfig | None = None) -> Iterator[str]:
 
 
 def content_hash(seed: int = 0, config: WorldConfig | None = None, paragraphs: int = 2000) -> str:
-    """SHA-256 (first 16 hex digits) of all rows and the first `paragraphs` of the corpus: equal if and only if the data are."""
-    digest = hashlib.sha256()
+    """SHA-256 (first 16 hex digits) of the dials, all rows and the first `paragraphs` of the corpus; names a world in run records."""
+    config = config or WorldConfig()
+    digest = hashlib.sha256(repr(config).encode())
     for task in TASKS:
         for split in SPLITS:
-            digest.update(repr(_rows(task, split, seed, config or WorldConfig())).encode())
+            digest.update(repr(_rows(task, split, seed, config)).encode())
     for _, paragraph in zip(range(paragraphs), corpus(seed, config), strict=False):
         digest.update(paragraph.encode())
     return digest.hexdigest()[:16]

@@ -136,7 +136,7 @@ def build(recipe: Recipe, config: WorldConfig | None = None) -> tuple[LlamaForCa
         "loss (nats a token, mean of the last 100 steps)": round(sum(last) / len(last), 3),
         "minutes": round((time.perf_counter() - start) / 60, 1),
         "machine": f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
-        "content hash (rows and corpus)": content_hash(recipe.seed, config),
+        "content hash (dials, rows, corpus)": content_hash(recipe.seed, config),
         "date": datetime.date.today().isoformat(),
     }
     return model, tokenizer, report

@@ -107,11 +107,14 @@ def test_gradient_checkpointing_changes_no_gradient_and_counts_nothing_twice(nam
     assert [r["tokens"] for r in results[True][1]] == [r["tokens"] for r in results[False][1]]
 
 
-def test_an_interrupted_checkpoint_is_passed_over(attached, tokenizer, config, tmp_path):
+@pytest.mark.parametrize("state", [None, "", '{"global_st'])
+def test_an_interrupted_checkpoint_is_passed_over(state, attached, tokenizer, config, tmp_path):
     cfg = config("lora")
     with pytest.raises(KeyboardInterrupt):
         train(attached("lora"), tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False, callbacks=[Stop(4)])
-    (tmp_path / "checkpoints" / "checkpoint-5").mkdir()  # no trainer_state.json: killed while writing
+    (tmp_path / "checkpoints" / "checkpoint-5").mkdir()  # killed before or while its trainer_state.json was written
+    if state is not None:
+        (tmp_path / "checkpoints" / "checkpoint-5" / "trainer_state.json").write_text(state)
     result = train(attached("lora"), tokenizer, rows(cfg), cfg, tmp_path, resume=True, progress=False)
     assert [row["step"] for row in result.history] == [2, 4, 6]
 

@@ -263,4 +263,4 @@ def test_pretraining_repeats_exactly_and_writes_a_loadable_folder(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path)("The finch eats").input_ids == tokenizer("The finch eats").input_ids
-    assert report["content hash (rows and corpus)"] in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert report["content hash (dials, rows, corpus)"] in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from moabench.kernels import lowrank
 
 BOUND = {torch.float64: 1e-13, torch.float32: 2e-6}
-SHAPES = [  # tokens, input width, output widths, rank rows
-    (1, 7, (5,), 1),  # one token, one row
-    (3, 16, (8, 8, 4), 6),  # q, k, v
-    (70, 33, (17,), 11),  # odd and prime widths
-    (5, 4, (), 3),  # a projection without a frozen linear
-    (9, 3, (31, 1), 13),  # rank above the input width, one output
+SHAPES = [  # tokens, input width, output widths, rank rows, router rows (0: no routers)
+    (1, 7, (5,), 1, 0),  # one token, one row
+    (3, 16, (8, 8, 4), 6, 9),  # q, k, v and their routers
+    (70, 33, (17,), 11, 3),  # odd and prime widths
+    (5, 4, (), 3, 1),  # a projection without a frozen linear
+    (9, 3, (31, 1), 13, 0),  # rank above the input width, one output
+    (6, 5, (4,), 0, 7),  # routers alone, as with dropout
 ]
 
 
@@ -26,10 +27,10 @@ def randn(*shape, dtype=torch.float64, grad=True):
     return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
 
 
-def loop_linear_shrink(x, frozen, a):
-    """Y_i[t] = W_i x[t] + b_i and S[t, r] = a[r] . x[t], one token and one row at a time."""
+def loop_linear_shrink(x, frozen, *rows):
+    """Y_i[t] = W_i x[t] + b_i, and S[t, r] = a[r] . x[t] for each block of rows, one token and one row at a time."""
     ys = [torch.stack([w @ row + (0 if b is None else b) for row in x]) for w, b in frozen]
-    return ys, torch.stack([torch.stack([a_row @ row for a_row in a]) for row in x])
+    return ys, *(torch.stack([torch.stack([r @ row for r in block] or [row[:0].sum()])[: len(block)] for row in x]) for block in rows)
 
 
 def loop_expand(y, terms):
@@ -51,68 +52,70 @@ def gradients(outputs, cotangents, tensors):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("tokens", "d", "widths", "rows"), SHAPES)
-def test_linear_shrink(tokens, d, widths, rows, bias, dtype):
+@pytest.mark.parametrize(("tokens", "d", "widths", "rows", "heads"), SHAPES)
+def test_linear_shrink(tokens, d, widths, rows, heads, bias, dtype):
     torch.manual_seed(0)
-    x, a = randn(tokens, d), randn(rows, d)
+    tensors = {"x": randn(tokens, d), "a": randn(rows, d)} | ({"heads": randn(heads, d)} if heads else {})
     frozen = [(randn(b, d, grad=False), randn(b, grad=False) if bias else None) for b in widths]
-    ys, s = loop_linear_shrink(x, frozen, a)
-    cotangents = [torch.randn_like(t) for t in (*ys, s)]
-    expected = gradients([*ys, s], cotangents, [x, a])
+    ys, *projections = loop_linear_shrink(tensors["x"], frozen, *list(tensors.values())[1:])
+    want = [*ys, *projections]
+    cotangents = [torch.randn_like(t) for t in want]
+    expected = gradients(want, cotangents, list(tensors.values()))
 
-    x_, a_ = (t.detach().to(dtype).requires_grad_() for t in (x, a))
-    frozen_ = [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in frozen]
-    ys_, s_ = lowrank.linear_shrink(x_, frozen_, a_)
-    for i, (got, want) in enumerate(zip(ys_, ys, strict=True)):
-        assert_near(f"y{i}", got, want, BOUND[dtype])
-    assert_near("s", s_, s, BOUND[dtype])
-    for name, got, want in zip(
-        ("x.grad", "a.grad"), gradients([*ys_, s_], [c.to(dtype) for c in cotangents], [x_, a_]), expected, strict=True
-    ):
-        assert_near(name, got, want, BOUND[dtype])
+    low = [t.detach().to(dtype).requires_grad_() for t in tensors.values()]
+    ys_, s, z = lowrank.linear_shrink(low[0], [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in frozen], *low[1:])
+    assert (z is None) == (not heads)
+    got = [*ys_, s, *([z] if heads else [])]
+    for name, g, w in zip([*(f"y{i}" for i in range(len(ys))), "s", "z"], got, want, strict=False):
+        assert_near(name, g, w, BOUND[dtype])
+    for name, g, w in zip(tensors, gradients(got, [c.to(dtype) for c in cotangents], low), expected, strict=True):
+        assert_near(f"{name}.grad", g, torch.zeros_like(tensors[name]) if w is None else w, BOUND[dtype])
 
 
-@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (0, 1)])
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (3,), (0, 2), (0, 3), (2, 3), (0, 1)])
 def test_linear_shrink_where_some_outputs_are_unused(used):
     torch.manual_seed(0)
-    x, a, frozen = randn(6, 5), randn(3, 5), [(randn(4, 5, grad=False), None), (randn(7, 5, grad=False), None)]
-    ys, s = loop_linear_shrink(x, frozen, a)
-    ys_, s_ = lowrank.linear_shrink(x, frozen, a)
-    cotangents = [torch.randn_like(t) for t in (*ys, s)]
+    x, a, heads, frozen = randn(6, 5), randn(3, 5), randn(2, 5), [(randn(4, 5, grad=False), None), (randn(7, 5, grad=False), None)]
+    ys, *rest = loop_linear_shrink(x, frozen, a, heads)
+    ys_, *rest_ = lowrank.linear_shrink(x, frozen, a, heads)
+    cotangents = [torch.randn_like(t) for t in (*ys, *rest)]
     pick = lambda values: [values[i] for i in used]  # noqa: E731
-    want = torch.autograd.grad(pick([*ys, s]), [x, a], pick(cotangents), allow_unused=True, materialize_grads=True)
-    got = torch.autograd.grad(pick([*ys_, s_]), [x, a], pick(cotangents), allow_unused=True, materialize_grads=True)
-    for name, g, w in zip(("x.grad", "a.grad"), got, want, strict=True):
+    want = torch.autograd.grad(pick([*ys, *rest]), [x, a, heads], pick(cotangents), allow_unused=True, materialize_grads=True)
+    got = torch.autograd.grad(pick([*ys_, *rest_]), [x, a, heads], pick(cotangents), allow_unused=True, materialize_grads=True)
+    for name, g, w in zip(("x.grad", "a.grad", "heads.grad"), got, want, strict=True):
         assert_near(name, g, w, 1e-13)
 
 
-@pytest.mark.parametrize(("x_grad", "a_grad"), [(True, False), (False, True), (False, False)])
-def test_linear_shrink_where_something_needs_no_gradient(x_grad, a_grad):
+@pytest.mark.parametrize("trained", [(), ("x",), ("a",), ("heads",), ("x", "heads"), ("a", "heads")])
+def test_linear_shrink_where_something_needs_no_gradient(trained):
     torch.manual_seed(0)
-    x, a, w = randn(6, 5, grad=x_grad), randn(3, 5, grad=a_grad), randn(4, 5, grad=False)
-    (y,), s = lowrank.linear_shrink(x, [(w, None)], a)
-    assert_near("y", y, x @ w.t(), 1e-13)
-    if not (x_grad or a_grad):
-        assert not s.requires_grad
-        return
-    cotangent = torch.randn_like(s)
-    s.backward(cotangent)
-    assert (x.grad is not None, a.grad is not None) == (x_grad, a_grad)
-    if a_grad:
-        assert_near("a.grad", a.grad, cotangent.t() @ x, 1e-13)
+    t = {name: randn(n, 5, grad=name in trained) for name, n in (("x", 6), ("a", 3), ("heads", 2))}
+    w = randn(4, 5, grad=False)
+    (y,), s, z = lowrank.linear_shrink(t["x"], [(w, None)], t["a"], t["heads"])
+    for name, got, want in (("y", y, w), ("s", s, t["a"]), ("z", z, t["heads"])):
+        assert_near(name, got, t["x"] @ want.t(), 1e-13)
+    cotangents = [torch.randn_like(s), torch.randn_like(z)]
+    if trained:
+        torch.autograd.backward([s, z], cotangents)
+    assert {name for name, v in t.items() if v.grad is not None} == set(trained)
+    for name, cotangent in zip(("a", "heads"), cotangents, strict=True):
+        if name in trained:
+            assert_near(f"{name}.grad", t[name].grad, cotangent.t() @ t["x"], 1e-13)
 
 
 def test_no_grad_mode_and_frozen_weights():
     torch.manual_seed(0)
-    x, a, w, b = randn(6, 5), randn(3, 5), randn(4, 5), randn(4)
+    x, a, heads, w, b = randn(6, 5), randn(3, 5), randn(2, 5), randn(4, 5), randn(4)
     with torch.no_grad():
-        (y,), s = lowrank.linear_shrink(x, [(w, b)], a)
-        assert not y.requires_grad and not s.requires_grad
-        assert torch.equal(y, F.linear(x, w, b)) and torch.equal(s, F.linear(x, a))
-    (y,), s = lowrank.linear_shrink(x, [(w, b)], a)  # weights that do train get their gradients
-    (y.sum() + s.sum()).backward()
+        (y,), s, z = lowrank.linear_shrink(x, [(w, b)], a, heads)
+        assert not (y.requires_grad or s.requires_grad or z.requires_grad)
+        for name, got, want in (("y", y, F.linear(x, w, b)), ("s", s, F.linear(x, a)), ("z", z, F.linear(x, heads))):
+            assert_near(name, got, want, 1e-14)
+    (y,), s, z = lowrank.linear_shrink(x, [(w, b)], a, heads)  # weights that do train get their gradients
+    (y.sum() + s.sum() + z.sum()).backward()
     assert_near("w.grad", w.grad, x.sum(0).expand(4, -1), 1e-13)
     assert_near("b.grad", b.grad, torch.full_like(b, 6.0), 1e-13)
+    assert_near("heads.grad", heads.grad, x.sum(0).expand(2, -1), 1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -164,43 +167,53 @@ def test_expand_add_without_gradients():
 
 
 def test_bf16_is_as_good_as_the_plain_form():
-    """fp32 adapters over a bf16 base: error against fp64 at most twice that of the plain bf16 torch form."""
+    """fp32 adapters over a bf16 base: error against fp64 at most twice that of the plain bf16 torch form; router scores in fp32."""
     torch.manual_seed(0)
-    x, w, a, b = randn(70, 64), randn(48, 64, grad=False), randn(16, 64), randn(48, 16)
-    cotangent = torch.randn(70, 48).double()
+    x, w, a, b, heads = randn(70, 64), randn(48, 64, grad=False), randn(16, 64), randn(48, 16), randn(8, 64)
+    cotangents = torch.randn(70, 48).double(), torch.randn(70, 8).double()
 
     def run(form, dtype):
-        x_, a_, b_ = x.detach().to(dtype).requires_grad_(), a.detach().requires_grad_(), b.detach().requires_grad_()
-        y = form(x_, w.to(dtype), a_, b_)
-        return [y, *gradients(y, cotangent.to(dtype), [x_, a_, b_])]
+        low = [x.detach().to(dtype).requires_grad_(), *(t.detach().clone().requires_grad_() for t in (a, b, heads))]
+        outputs = form(low[0], w.to(dtype), *low[1:])
+        return [*outputs, *gradients(outputs, [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)], low)]
 
-    def plain(x, w, a, b):
-        return F.linear(x, w) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+    def plain(x, w, a, b, heads):
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return F.linear(x, w) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)), F.linear(x.to(wide), heads.to(wide))
 
-    def ours(x, w, a, b):
-        (y,), s = lowrank.linear_shrink(x, [(w, None)], a)
-        return lowrank.expand_add_(y, [(s, b)])
+    def ours(x, w, a, b, heads):
+        (y,), s, z = lowrank.linear_shrink(x, [(w, None)], a, heads)
+        assert z.dtype == torch.float32
+        return lowrank.expand_add_(y, [(s, b)]), z
 
-    exact = run(plain, torch.float64)
-    for name, got, reference, want in zip(
-        ("y", "x.grad", "a.grad", "b.grad"), run(ours, torch.bfloat16), run(plain, torch.bfloat16), exact, strict=True
-    ):
-        assert relative_rms(got, want) <= 2 * relative_rms(reference, want), name
+    exact, got, reference = run(plain, torch.float64), run(ours, torch.bfloat16), run(plain, torch.bfloat16)
+    for name, g, r, want in zip(("y", "z", "x.grad", "a.grad", "b.grad", "heads.grad"), got, reference, exact, strict=True):
+        bound = 2 * relative_rms(r, want)
+        if name == "heads.grad":  # formed in bf16 like every other gradient: as good as those
+            bound = 2 * relative_rms(reference[3], exact[3])
+        assert relative_rms(g, want) <= bound, name
 
 
 def test_autocast_gives_the_plain_result():
     torch.manual_seed(0)
-    x, a, w = randn(6, 8, dtype=torch.float32), randn(3, 8, dtype=torch.float32), randn(4, 8, dtype=torch.float32, grad=False)
+    x, a, heads = (randn(n, 8, dtype=torch.float32) for n in (6, 3, 2))
+    w = randn(4, 8, dtype=torch.float32, grad=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (y,), s = lowrank.linear_shrink(x, [(w, None)], a)
-        assert y.dtype == s.dtype == torch.bfloat16
+        (y,), s, z = lowrank.linear_shrink(x, [(w, None)], a, heads)
+        assert y.dtype == s.dtype == torch.bfloat16 and z.dtype == torch.float32
         assert torch.equal(y, F.linear(x, w)) and torch.equal(s, F.linear(x, a))
+    assert torch.equal(z, F.linear(x, heads))
 
 
 def test_gradcheck():
     torch.manual_seed(0)
-    x, a, b, w = randn(3, 4), randn(2, 4), randn(5, 2), randn(5, 4, grad=False)
-    assert torch.autograd.gradcheck(lambda x, a: (lambda ys, s: (*ys, s))(*lowrank.linear_shrink(x, [(w, None)], a)), (x, a))
+    x, a, h, b, w = randn(3, 4), randn(2, 4), randn(3, 4), randn(5, 2), randn(5, 4, grad=False)
+
+    def shrink(x, a, h):
+        (y,), s, z = lowrank.linear_shrink(x, [(w, None)], a, h)
+        return y, s, z
+
+    assert torch.autograd.gradcheck(shrink, (x, a, h))
     y, s = randn(3, 5), randn(3, 2)
     assert torch.autograd.gradcheck(lambda y, s, b: lowrank.expand_add_(y * 1, [(s, b), (s, b[:2], slice(1, 3))]), (y, s, b))
 
@@ -210,15 +223,16 @@ def test_repeats_bitwise_and_saves_nothing_of_output_width():
     results = []
     for _ in range(2):
         torch.manual_seed(0)
-        x, a, b = (randn(*s, dtype=torch.float32) for s in ((tokens, 8), (3, 8), (width, 3)))
+        x, a, b, heads = (randn(*s, dtype=torch.float32) for s in ((tokens, 8), (3, 8), (width, 3), (4, 8)))
         w = randn(width, 8, dtype=torch.float32, grad=False)
-        saved = []
+        saved: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            (y,), s = lowrank.linear_shrink(x, [(w, None)], a)
+            (y,), s, z = lowrank.linear_shrink(x, [(w, None)], a, heads)
             out = lowrank.expand_add_(y, [(s, b)])
-        own = {t.data_ptr() for t in (x, a, b, w, s)}
         assert not [t.shape for t in saved if tokens in t.shape and width in t.shape], "an activation of output width is saved"
-        assert sum(t.nbytes for t in saved if t.data_ptr() not in own) == 0, "bytes saved beyond x, S and the parameters"
-        results.append([out, *gradients(out, torch.ones_like(out), [x, a, b])])
+        own = {t.untyped_storage().data_ptr() for t in (x, a, b, heads, w, s)}
+        new = sum(t.nbytes for t in saved if t.untyped_storage().data_ptr() not in own)
+        assert new <= (3 + 4) * 8 * 4, "bytes saved beyond x, S, the parameters and one copy of the rows [A; H]"
+        results.append([out, z, *gradients([out, z], [torch.ones_like(out), torch.ones_like(z)], [x, a, b, heads])])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
