@@ -123,8 +123,10 @@ class DataConfig:
     """Seed of the built-in world; the shipped model knows world 0."""
 
     def __post_init__(self) -> None:
-        if (self.source == "local") != (self.root is not None):
-            raise ConfigError(f"root={self.root!r}: expected a folder with source=local only (source={self.source}).")
+        if self.source == "local" and self.root is None:
+            raise ConfigError("root=null: data=local expects a folder with <task>/<split>.jsonl files, data.root=path/to/folder.")
+        if self.source != "local" and self.root is not None:
+            raise ConfigError(f"root={self.root!r}: only data=local reads a folder, and source is {self.source}.")
 
 
 @dataclass(frozen=True)

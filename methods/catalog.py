@@ -174,6 +174,8 @@ def parse(data: Mapping[str, Any], path: str = "method") -> Method:
     extra = []
     for name, entry in (keys.also or {}).items():
         where = f"{path}.also.{name}"
+        if name == "main" or "__" in str(name) or "." in str(name):
+            raise ConfigError(f"{where}: expected another name; 'main', '__' and '.' have a meaning in tensor names.")
         more = build(_MixtureKeys, entry, where)
         inherited = _inherit(more.experts, keys.experts, f"{where}.experts")
         more = _MixtureKeys(**{**vars(more), "experts": inherited})
@@ -215,6 +217,8 @@ def _banks(data: Mapping[str, Any], original: Mapping[str, Any], path: str) -> d
     for name, options in data.items():
         if not isinstance(options, Mapping):
             continue
+        if name == "router" or "__" in str(name) or "." in str(name):
+            raise ConfigError(f"{path}.{name}: expected another name; 'router', '__' and '.' have a meaning in tensor names.")
         kind = options.get("kind", name)
         known = Experts.of_kind(kind, f"{path}.{name}").options()
         used |= known & shared.keys()

@@ -17,14 +17,12 @@ else:
 class Param:
     """Shape and initial distribution of one trainable tensor.
 
-    init: `zeros`, `ones`, `normal` (std = scale), `uniform` (on +-scale), `xavier` (Xavier-uniform of the 2-D shape, gain = scale).
-    trained: False for a tensor that is kept and saved but never touched by the optimiser.
+    init: `zeros`, `normal` (std = scale), `uniform` (on +-scale).
     """
 
     shape: tuple[int, ...]
     init: str = "zeros"
     scale: float = 1.0
-    trained: bool = True
 
     def make(self, device: torch.device) -> torch.nn.Parameter:
         """The tensor in fp32 on `device`; draws from torch's global generator."""
@@ -34,11 +32,9 @@ class Param:
             init.normal_(data, std=self.scale)
         elif self.init == "uniform":
             init.uniform_(data, -self.scale, self.scale)
-        elif self.init == "xavier":
-            init.xavier_uniform_(data, gain=self.scale)
         else:
-            init.constant_(data, {"zeros": 0.0, "ones": 1.0}[self.init])
-        return torch.nn.Parameter(data, requires_grad=self.trained)
+            init.zeros_(data)
+        return torch.nn.Parameter(data)
 
 
 def linear_default(out: int, fan_in: int) -> Param:

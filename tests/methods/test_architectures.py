@@ -116,6 +116,56 @@ def test_roles_of_a_fused_linear_are_its_slices():
         assert_near(name, logits(pair[0], **inputs)[real], logits(pair[1], **inputs)[real], 1e-5)
 
 
+def test_prompt_term_by_architecture(plain):
+    """a += concat_h gamma_h softmax(q_h k_norm(W_k P)_h^T scaling) (W_v P)_h: keys are normalised where the model normalises its own
+    (Qwen3 by head, OLMo2 over all heads), have no positions, and keep the model's scaling (Gemma2)."""
+    only_prompt = {
+        "experts.lora": None,
+        "experts.parallel_adapter": None,
+        "experts.r": None,
+        "experts.alpha": None,
+        "experts.prompt.length": 3,
+    }
+    model = attached("naive_sum", copy.deepcopy(plain), **only_prompt)
+    layer, ids = model.base_model.model.model.layers[0], batch()["input_ids"]
+    attention, bank = layer.self_attn, model.base_model.sites()[0].banks[0].tensors
+    seen = {}
+    attention.register_forward_pre_hook(lambda m, a, k: seen.update(k, hidden=a[0] if a else k["hidden_states"]), with_kwargs=True)
+    attention.o_proj.register_forward_pre_hook(lambda m, a: seen.update(output=a[0]))
+    logits(model, input_ids=ids)
+    with_prompt = seen["output"]
+    with model.disable_adapter():
+        logits(model, input_ids=ids)
+    delta = (with_prompt - seen["output"]).unflatten(-1, (4, -1))
+
+    with torch.no_grad():
+        size, groups = attention.head_dim, 2
+
+        def project(role, x):
+            if hasattr(attention, "qkv_proj"):
+                parts = attention.qkv_proj(x).split([4 * size, 2 * size, 2 * size], -1)
+                return parts["qkv".index(role)]
+            return getattr(attention, f"{role}_proj")(x)
+
+        def norm(role, x):
+            module = getattr(attention, f"{role}_norm", None)
+            if module is None:
+                return x.unflatten(-1, (-1, size))
+            by_head = module.weight.numel() == size
+            return module(x.unflatten(-1, (-1, size))) if by_head else module(x).unflatten(-1, (-1, size))
+
+        queries = norm("q", project("q", seen["hidden"]))
+        half, (cos, sin) = size // 2, seen["position_embeddings"]
+        turned = torch.cat([-queries[..., half:], queries[..., :half]], -1)
+        queries = queries * cos.unsqueeze(2) + turned * sin.unsqueeze(2)
+        keys, values = norm("k", project("k", bank["embedding"])), project("v", bank["embedding"]).unflatten(-1, (-1, size))
+        want = torch.zeros_like(delta)
+        for h in range(4):
+            weights = (queries[:, :, h] @ keys[:, h // groups].t() * attention.scaling).softmax(-1)
+            want[:, :, h] = bank["gamma"][h] * (weights @ values[:, h // groups])
+    assert_near("prompt term", delta, want, 1e-5)
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_gpt2_is_refused_with_what_was_sought_and_found(name):
     model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCAB))
