@@ -111,7 +111,7 @@ def _passes(weights: Tensor, ids: Tensor | None, total: int):
             yield slice(e * r, (e + 1) * r), None, weights[:, e : e + 1]
         return
     for k in range(ids.shape[1]):
-        one_hot = F.one_hot(ids[:, k], experts).to(weights.dtype)
+        one_hot = torch.zeros_like(weights).scatter_(1, ids[:, k : k + 1], 1.0)  # F.one_hot looks at the values on the host
         yield slice(None), one_hot.repeat_interleave(r, dim=1), weights.gather(1, ids[:, k : k + 1])
 
 

@@ -131,7 +131,7 @@ def names() -> list[str]:
 @cache
 def _read(name: str) -> dict[str, Any]:
     file = folder() / f"{name}.yaml"
-    if not file.is_file():
+    if name not in names():
         raise ConfigError(f"method={name!r}: no such method.{nearest(name, names())}")
     return yaml.safe_load(file.read_text(encoding="utf-8"))
 

@@ -183,7 +183,7 @@ class Part:
     def of_kind(cls, kind: Any, path: str) -> type:
         """The class registered as `kind`; ConfigError with the nearest name otherwise."""
         kinds = cls.kinds()
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise ConfigError(f"{path}.kind={kind!r}: no such {cls.__name__.lower()}.{nearest(kind, kinds)}")
         return kinds[kind]
 

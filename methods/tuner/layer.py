@@ -296,6 +296,8 @@ def sequence_decision(router, name: str, hidden: Tensor, context: Context, decid
         return context.gates[name]
     real = context.mask if context.mask is not None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     prompt = real if context.prompt is None else real & context.prompt
+    first = real & (real.cumsum(1) == 1)
+    prompt = prompt | (first & ~prompt.any(1, keepdim=True))  # a sequence without a prompt is judged by its first token
     x = hidden.to(lowrank.full_precision(hidden.dtype))
     if router.pool == "official_mean":
         pooled = x.mean(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from . import attention
 from .architecture import DecoderLayer, decoder_layers
 from .config import PEFT_TYPE, MixtureConfig
 from .layer import MixtureLayer
+from .plan import Plan
 from .sites import Site, layer_sites
 
 
@@ -27,6 +29,7 @@ class MixtureModel(BaseTuner):
 
     def __init__(self, model, peft_config, adapter_name: str, **kwargs: Any) -> None:
         self.__dict__["mixture_recorder"] = None
+        self.__dict__["prompt_length"] = None  # while generating
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self.model.register_forward_pre_hook(self._open_context, with_kwargs=True)
         self.model.register_forward_hook(self._keep_gates, with_kwargs=True)
@@ -46,6 +49,8 @@ class MixtureModel(BaseTuner):
             found = {k: shape[k] for k in wrong}
             raise ConfigError(f"adapter was made for another base: it expects {wrong}, this model has {found}.")
         peft_config.base = shape
+        for layer in self._described(model).values():  # refuse before anything is attached
+            Plan(peft_config.method, layer)
         if any(bank.place == "attention" for m in peft_config.method.mixtures for bank in m.banks.values()):
             attention.route_attention(model)
 
@@ -67,8 +72,10 @@ class MixtureModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter and its tensors."""
         super().delete_adapter(adapter_name)
-        for layer in self.mixture_layers():
+        for layer in self.mixture_layers():  # PEFT passes over modules whose name holds our prefix
+            layer.delete_adapter(adapter_name)
             layer.plans.pop(adapter_name, None)
+        self.active_adapter = list(self.mixture_layers()[0].active_adapters)
 
     def unload(self) -> nn.Module:
         """The base model without any wrapper or tensor of ours."""
@@ -91,6 +98,15 @@ class MixtureModel(BaseTuner):
 
     # A forward pass
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own. Without a KV cache every pass sees the whole text again; sequence routers must pool over the prompt alone."""
+        tokens = next((kwargs[k] for k in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(k) is not None), args[0] if args else None)
+        self.__dict__["prompt_length"] = None if tokens is None else tokens.shape[1]
+        try:
+            return self.model.generate(*args, **kwargs)
+        finally:
+            self.__dict__["prompt_length"] = None
+
     def _open_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         prompt = kwargs.pop("prompt_mask", None)
         if all(layer.plan is None for layer in self._active_layers()):
@@ -112,6 +128,8 @@ class MixtureModel(BaseTuner):
         labels = given.get("labels")
         if prompt is None and labels is not None:
             prompt = labels == -100
+        if prompt is None and self.prompt_length is not None:
+            prompt = (torch.arange(length, device=tokens.device) < self.prompt_length).expand(tokens.shape[:2])
         context = Context(
             mask=mask,
             prompt=None if prompt is None else prompt.bool(),
