@@ -88,34 +88,28 @@ class Method:
     data: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _MethodKeys:
-    """Top-level keys of a method's YAML."""
+@dataclass(frozen=True, kw_only=True)
+class _MixtureKeys:
+    """Keys of a mixture as data."""
+
+    site: Literal["linear", "ffn", "block"] = "linear"
+    input: Literal["raw", "normed"] = "normed"
+    gates: Literal["expert", "family"] | dict = "expert"
+    experts: dict = field(default_factory=dict)
+    router: dict = field(default_factory=lambda: {"kind": "none"})
+    losses: dict | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MethodKeys(_MixtureKeys):
+    """Top-level keys of a method's YAML: its main mixture, further ones under `also`, and what it is."""
 
     name: str
     about: str = ""
     paper: str = ""
     tuner: Literal["mixture", "peft", "full", "none"] = "mixture"
     dora: bool = False
-    site: Literal["linear", "ffn", "block"] = "linear"
-    input: Literal["raw", "normed"] = "normed"
-    gates: Literal["expert", "family"] | dict = "expert"
-    experts: dict = field(default_factory=dict)
-    router: dict = field(default_factory=lambda: {"kind": "none"})
-    losses: dict | None = None
     also: dict | None = None
-
-
-@dataclass(frozen=True)
-class _MixtureKeys:
-    """Keys of a further mixture under `also`."""
-
-    site: Literal["linear", "ffn", "block"] = "linear"
-    input: Literal["raw", "normed"] = "normed"
-    gates: Literal["expert", "family"] | dict = "expert"
-    experts: dict = field(default_factory=dict)
-    router: dict = field(default_factory=lambda: {"kind": "none"})
-    losses: dict | None = None
 
 
 def folder() -> Path:
