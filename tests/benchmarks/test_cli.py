@@ -54,7 +54,7 @@ BAD = {
     ),
     "option of another kind": (["method=molora", "method.router.gamma_max=1"], "unknown key 'method.router.gamma_max'"),
     "kind": (["method=molora", "method.router.kind=topp"], "Did you mean 'top_p'?"),
-    "no data root": (["data=local"], "expected a folder"),
+    "no data root": (["data=local"], "expects a folder"),
     "missing data root": (["data=local", "data.root=not/there"], "data.root='not/there': no such folder"),
     "model path": (["model.path=./not_there"], "model.path='./not_there': no folder"),
     "model without weights": (["model.path=empty_model"], "no config.json in empty_model"),
