@@ -13,6 +13,7 @@ Shapes: T tokens, d input width, b output width, R rank rows, H router rows. Fro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -37,12 +38,13 @@ def linear_shrink(
     """
     a = a.to(x.dtype)
     tensors = [t for pair in frozen for t in pair]
-    if not torch.is_grad_enabled():
-        return _forward(x, a, heads, tensors)
-    if torch.is_autocast_enabled(x.device.type) or any(t is not None and t.requires_grad for t in tensors):
-        ys, s = [F.linear(x, w, b) for w, b in frozen], F.linear(x, a)
-        with torch.autocast(x.device.type, enabled=False):
-            return ys, s, None if heads is None else F.linear(x.to(full_precision(x.dtype)), heads.to(full_precision(x.dtype)))
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast or not torch.is_grad_enabled() or any(t is not None and t.requires_grad for t in tensors):
+        ys, s, z = [F.linear(x, w, b) for w, b in frozen], F.linear(x, a), None
+        if heads is not None:
+            with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+                z = F.linear(x.to(full_precision(x.dtype)), heads.to(full_precision(x.dtype)))
+        return ys, s, z
     *ys, s, z = _LinearShrink.apply(x, a, heads, *tensors)
     return ys, s, z
 

@@ -113,7 +113,8 @@ class AttentionExperts(Experts):
     def forward(self, p: Mapping[str, Tensor], query: Tensor, project: Any, scaling: float, w: Tensor | None) -> Tensor:
         """What to add to the attention output [B, L, H, hd]; query [B, H, L, hd]; w [B, L, E] or None for 1.
 
-        `project(x [N, d])` gives the frozen keys and values, each [N, H, hd], repeated over grouped query heads.
+        `project(parameter [N, d])` gives its frozen keys and values in the model's dtype, each [N, H, hd], repeated over grouped
+        query heads.
         """
         raise NotImplementedError
 
@@ -129,5 +130,6 @@ def row_weights(w: Tensor | None, c: Mapping[str, Tensor], dtype: Any) -> Tensor
     """Factor of each rank row in `dtype`: [T, G, R] from w [T, G, E], or [R] where there are no weights."""
     if w is None:
         return c["scale"].to(dtype)
-    flat = w.to(dtype).flatten(0, 1) @ c["expand"].to(dtype)  # 2-D: a 3-D product may become T tiny ones
-    return flat.unflatten(0, w.shape[:2])
+    tokens, sites, experts = w.shape
+    flat = w.to(dtype).reshape(-1, experts).mm(c["expand"].to(dtype))  # 2-D: a 3-D product may become T tiny ones
+    return flat.view(tokens, sites, -1)

@@ -24,8 +24,8 @@ class Prompt(AttentionExperts):
         return {"embedding": Param((self.n * self.length, d), "normal", 1.0), "gamma": Param((heads, self.n))}
 
     def forward(self, p, query, project, scaling, w):
-        keys, values = project(p["embedding"].to(query.dtype))  # [E L, H, hd]
-        scores = query @ keys.permute(1, 2, 0) * scaling  # [B, H, L_q, E L]
+        keys, values = project(p["embedding"])  # [E L, H, hd], in the model's dtype
+        scores = query @ (keys.permute(1, 2, 0) * scaling)  # [B, H, L_q, E L]
         probs = scores.float().unflatten(-1, (self.n, -1)).softmax(-1)
         gates = p["gamma"][None, :, None, :]  # [1, H, 1, E]
         if w is not None:

@@ -50,6 +50,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         self.plans: dict[str, Plan] = {}
         self.live: Live | None = None
         self._raw: Tensor | None = None
+        self._kept_keys: dict[int, tuple[tuple, tuple[Tensor, Tensor]]] = {}
         self._constants: dict[tuple, dict[str, Tensor]] = {}
         self._names: dict[tuple, list[tuple[str, str]]] = {}
         self._disable_adapters = False
@@ -183,7 +184,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         flat = x.reshape(-1, x.shape[-1])
         dropout = group.dropout if self.training else 0.0
         pack = group.pack(self.owned, flat.dtype)
-        linears = [base_of(getattr(parent, name)) for parent, name in group.linears]
+        linears = [parent._modules[name]._modules["base_layer"] for parent, name in group.linears]
         ys, s, z = project(linears, flat, pack.a, pack.heads, dropout)
         pieces = s.split_with_sizes(pack.sizes, -1) if len(pack.sizes) > 1 else (s,)
         scores = iter(z.split_with_sizes(pack.head_sizes, -1) if len(pack.head_sizes) > 1 else (z,))
@@ -247,9 +248,19 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
                 places = [[mixture.column(name, "attention", i) for i in range(bank.n)]]
                 weights = columns(self.live.routings[mixture.name].weights, places)[:, 0].unflatten(0, (query.shape[0], -1))
             p = self.tensor(mixture, name, "attention")
-            delta = bank.forward(p, query, lambda e: keys_values(self.layer, e), scaling, weights)
+            delta = bank.forward(p, query, lambda e: self._keys_values(e, query.dtype), scaling, weights)
             total = delta if total is None else total + delta
         return total
+
+    def _keys_values(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Frozen keys and values of a parameter x [N, d]; kept without gradients until it changes, as decoding asks for each token."""
+        if torch.is_grad_enabled():
+            return keys_values(self.layer, x.to(dtype))
+        frozen = [base_of(getattr(p.parent, p.attribute)).weight for p in (self.layer.places["k"], self.layer.places["v"])]
+        stamp = (dtype, *((t.data_ptr(), t._version) for t in (x, *frozen)))
+        if self._kept_keys.get(id(x), (None,))[0] != stamp:
+            self._kept_keys[id(x)] = (stamp, keys_values(self.layer, x.to(dtype)))
+        return self._kept_keys[id(x)][1]
 
     def _constants_of(self, bank: Experts, device: torch.device) -> dict[str, Tensor]:
         key = (id(bank), device)
@@ -343,7 +354,7 @@ class RoutedLinear(_Wrapper):
         self._attribute = attribute
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._layer[0].linear(self.base_layer, self._attribute, x)
+        return self._layer[0].linear(self._modules["base_layer"], self._attribute, x)
 
 
 class RoutedFeedForward(_Wrapper):
