@@ -118,9 +118,9 @@ class MixtureModel(BaseTuner):
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             mask = mask[:, -length:].bool()
-        elif mask is not None and self.mixture_recorder is not None:
+        elif mask is not None and (self.mixture_recorder is not None or self._pools()):
             raise ConfigError(
-                "attention_mask: expected [batch, length] while routing is recorded; padding cannot be told from another form."
+                "attention_mask: expected [batch, length] where routing is recorded or pooled; padding is not seen otherwise."
             )
         else:
             mask = None
@@ -139,7 +139,11 @@ class MixtureModel(BaseTuner):
         )
         return args, {**kwargs, "mixture_context": context}
 
-    def _active_layers(self):
+    def _pools(self) -> bool:
+        """True where a router of the active adapter decides once a sequence."""
+        return any(m.router.granularity == "sequence" for m in self._active_layers()[0].plan.mixtures)
+
+    def _active_layers(self) -> list[MixtureLayer]:
         layers = self.__dict__.get("_layer_list")
         if layers is None:
             layers = self.__dict__["_layer_list"] = self.mixture_layers()

@@ -225,3 +225,15 @@ def test_positional_and_embedded_inputs(name):
         embeds = model.get_input_embeddings()(inputs["input_ids"])
         rest = {k: v for k, v in inputs.items() if k != "input_ids"}
         assert torch.equal(model(inputs_embeds=embeds, **rest).logits, want)
+
+
+def test_a_mask_that_hides_padding_is_refused_where_it_matters():
+    """A 4-D mask says which pairs attend, not which tokens are real: a router that pools, or a recorder, would count padding."""
+    ids = torch.ones(1, 4, dtype=torch.long)
+    mask = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ConfigError, match="attention_mask"):
+        attached("moa_instance")(input_ids=ids, attention_mask=mask)
+    model = attached("molora")
+    model(input_ids=ids, attention_mask=mask)
+    with pytest.raises(ConfigError, match="attention_mask"), methods.record(model):
+        model(input_ids=ids, attention_mask=mask)
