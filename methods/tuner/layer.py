@@ -77,11 +77,11 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             wrapper = RoutedFeedForward(self.layer.feed_forward, self)
             setattr(self.layer.module, self.layer.feed_forward_name, wrapper)
 
-    def remove(self, adapter: str) -> None:
-        """Forget one adapter; its wrappers stay and pass through."""
-        if adapter in self.plans:
-            del self.plans[adapter], self.tensors[adapter]
-            self._names = {key: names for key, names in self._names.items() if key[0] != adapter}
+    def forget(self, adapter: str) -> None:
+        """Drop what is known of an adapter whose tensors PEFT has deleted; the wrappers stay and pass through."""
+        self.plans.pop(adapter, None)
+        for kept in (self._names, self._constants, self._kept_keys):
+            kept.clear()
 
     def detach(self) -> None:
         """Take wrappers and hooks off the layer: what is left is the base's own."""
@@ -118,9 +118,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         extra = "" if mixture.name == "main" else f".{mixture.name}"
         return f"{self.layer.name}{extra}.{place}"
 
-    # A forward pass
-
-    # Its hooks sit on the layer's children: gradient checkpointing recomputes a layer's `forward` without the layer's own hooks.
+    # A forward pass. Its hooks sit on the layer's children: checkpointing recomputes a layer's `forward` without the layer's own hooks.
 
     def _see_raw(self, module, args):
         self._raw = args[0]
@@ -263,7 +261,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         return self._kept_keys[id(x)][1]
 
     def _constants_of(self, bank: Experts, device: torch.device) -> dict[str, Tensor]:
-        key = (id(bank), device)
+        key = (bank, device)
         if key not in self._constants:
             self._constants[key] = {name: torch.tensor(values, device=device) for name, values in bank.constants().items()}
         return self._constants[key]

@@ -74,7 +74,7 @@ class MixtureModel(BaseTuner):
         super().delete_adapter(adapter_name)
         for layer in self.mixture_layers():  # PEFT passes over modules whose name holds our prefix
             layer.delete_adapter(adapter_name)
-            layer.plans.pop(adapter_name, None)
+            layer.forget(adapter_name)
         self.active_adapter = list(self.mixture_layers()[0].active_adapters)
 
     def unload(self) -> nn.Module:
