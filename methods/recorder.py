@@ -19,15 +19,31 @@ class Context:
     a layer recomputed under gradient checkpointing meets the same context.
 
     mask, prompt [B, L] bool: real tokens, prompt tokens (None: all). gates: decisions of sequence routers made at the prefill, kept
-    beside the KV cache. continues: the pass goes on from a cache.
+    beside the KV cache. continues: the pass goes on from a cache. shape: (B, L). input_ids [B, L] int64 and skill_ids [B] int64 are
+    facts of the batch, None where they were not given; skill_ids only where a router reads them. shared: decisions [B L, E] that
+    all sites of this pass share.
     """
 
     mask: Tensor | None = None
     prompt: Tensor | None = None
+    shape: tuple[int, int] = (0, 0)
+    input_ids: Tensor | None = None
+    skill_ids: Tensor | None = None
     recorder: Recorder | None = None
     gates: dict[str, Routing] = field(default_factory=dict)
     continues: bool = False
     seen: set[tuple[str, ...]] = field(default_factory=set)
+    shared: dict[str, Routing] = field(default_factory=dict)
+
+    @property
+    def prompt_tokens(self) -> Tensor | None:
+        """[B, L] bool, the real prompt tokens; a sequence without any is judged by its first real token. None: every token is one."""
+        if self.mask is None and self.prompt is None:
+            return None
+        real = self.mask if self.mask is not None else torch.ones_like(self.prompt)
+        prompt = real if self.prompt is None else real & self.prompt
+        first = real & (real.cumsum(1) == 1)
+        return prompt | (first & ~prompt.any(1, keepdim=True))
 
     def record(self, sites: tuple[str, ...], routing: Routing, losses: dict[str, Loss]) -> None:
         """Hand the routing [T, G, E] of G sites to the open recorder, once a pass however often the layer runs."""

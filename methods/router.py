@@ -17,6 +17,8 @@ from .spec import NonNegative, Part
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .recorder import Context
+
 
 @dataclass(frozen=True)
 class Router(Part):
@@ -66,3 +68,25 @@ class LinearRouter(Router):
     def heads(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Weight [H, D] and bias [H] or None of the linear map."""
         return p["weight"], p.get("bias")
+
+
+@dataclass(frozen=True)
+class FactRouter(Router):
+    """Base of routers that decide from facts about the batch (the true skills, the token ids) and never see a hidden state.
+
+    They own no tensor. A pass has one decision, shared by all its sites; what is decided for a sequence is kept beside the KV cache.
+    """
+
+    reads_prompt: ClassVar[bool] = False
+    """Whether the decision depends on which tokens are the prompt, so that padding must be known."""
+
+    def params(self, d: int, experts: int) -> dict[str, Param]:
+        return {}
+
+    def decide(self, context: Context, experts: int) -> Routing | None:
+        """The decision for each sequence, [B, experts]; None where this pass lacks the fact and the one kept with the cache holds."""
+        raise NotImplementedError
+
+    def spread(self, kept: Routing, context: Context) -> Routing:
+        """The decision for each token, [B L, E], from `kept`, what `decide` gave for the prompt."""
+        return kept.per_token(context.shape[1])

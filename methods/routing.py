@@ -54,3 +54,16 @@ class Routing:
         """The same routing with `f` applied to every tensor that has one row a token, the mask excepted."""
         tensors = {k: f(v) for k in ("weights", "chosen", "probs", "logits", "ids") if (v := getattr(self, k)) is not None}
         return replace(self, **tensors, extras={k: f(v) for k, v in self.extras.items()})
+
+    def per_token(self, length: int) -> Routing:
+        """A decision a sequence [B, E] as one a token [B length, E]."""
+        expanded = self.map(lambda t: t.unsqueeze(1).expand(-1, length, *t.shape[1:]).flatten(0, 1))
+        expanded.granularity = "sequence"
+        return expanded
+
+
+def one_hot(expert: Tensor, experts: int) -> Routing:
+    """The routing [..., E] that gives weight 1 to expert [...] (int64) and 0 to the others."""
+    chosen = expert.unsqueeze(-1) == torch.arange(experts, device=expert.device)
+    weights = chosen.float()
+    return Routing(weights=weights, chosen=chosen, probs=weights, logits=weights, ids=expert.unsqueeze(-1))

@@ -20,7 +20,7 @@ from moabench.kernels import lowrank
 from ..bank import Experts
 from ..catalog import Method, Mixture
 from ..recorder import Context
-from ..router import LinearRouter, Router
+from ..router import FactRouter, LinearRouter, Router
 from ..routing import Routing
 from ..spec import ConfigError
 from .architecture import DecoderLayer, FeedForward, base_of, keys_values, project
@@ -146,11 +146,13 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             return router.route(scores_of(router, q, x), self.training)
 
         with torch.autocast(hidden.device.type, enabled=False):
-            if router.granularity == "token":
+            if isinstance(router, FactRouter):
+                routing = shared_decision(router, len(mixture.expert_names), self.context)
+            elif router.granularity == "token":
                 routing = decide(hidden.flatten(0, -2).to(lowrank.full_precision(hidden.dtype)))
             else:
                 name = self.site_name(mixture, place)
-                routing = per_token(sequence_decision(router, name, hidden, self.context, decide), hidden.shape[1])
+                routing = sequence_decision(router, name, hidden, self.context, decide).per_token(hidden.shape[1])
         if self.context.recorder is not None:
             self._record(mixture, [place], routing.map(lambda t: t.unsqueeze(1)))
         return routing
@@ -189,8 +191,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         pairs: dict[str, list] = {name: [] for name in group.attributes}
         for term, piece, b, bias in zip(group.terms, pieces, pack.b, pack.biases, strict=True):
             weights = None
-            if term.by_sequence:
-                weights = self._route_sequences(term, x)
+            if term.apart:
+                weights = self._route_apart(term, x)
             elif term.own_router:
                 weights = self._route_linears(term, next(scores), bias)
             elif term.mixture.routed:
@@ -214,8 +216,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             routing.experts = mixture.expert_names
             self.context.record(tuple(self.site_name(mixture, place) for place in places), routing, mixture.losses)
 
-    def _route_sequences(self, term: Term, x: Tensor) -> Tensor:
-        """Weights [T, G, E] of routers that decide once a sequence."""
+    def _route_apart(self, term: Term, x: Tensor) -> Tensor:
+        """Weights [T, G, E] of routers that are no linear map of the token."""
         return torch.stack([self._route(term.mixture, place.role, x).weights for place in term.places], 1)
 
     def feed_forward(self, block: nn.Module, x: Tensor) -> Tensor:
@@ -303,10 +305,9 @@ def sequence_decision(router, name: str, hidden: Tensor, context: Context, decid
         if name not in context.gates:
             raise ConfigError(f"{name}: the KV cache holds no decision of this router; start the generation with this adapter active.")
         return context.gates[name]
-    real = context.mask if context.mask is not None else torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    prompt = real if context.prompt is None else real & context.prompt
-    first = real & (real.cumsum(1) == 1)
-    prompt = prompt | (first & ~prompt.any(1, keepdim=True))  # a sequence without a prompt is judged by its first token
+    prompt = context.prompt_tokens
+    if prompt is None:
+        prompt = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     x = hidden.to(lowrank.full_precision(hidden.dtype))
     if router.pool == "official_mean":
         pooled = x.mean(1)
@@ -320,11 +321,18 @@ def sequence_decision(router, name: str, hidden: Tensor, context: Context, decid
     return routing
 
 
-def per_token(routing: Routing, length: int) -> Routing:
-    """A decision a sequence [B, E] as one a token [B length, E]."""
-    expanded = routing.map(lambda t: t.unsqueeze(1).expand(-1, length, *t.shape[1:]).flatten(0, 1))
-    expanded.granularity = "sequence"
-    return expanded
+def shared_decision(router: FactRouter, experts: int, context: Context) -> Routing:
+    """One decision for all sites of a pass, [B L, E], from the facts of the batch; its sequence part is kept beside the cache."""
+    name = f"{router}/{experts}"
+    if name not in context.shared:
+        if not context.shape[0]:
+            raise ConfigError(f"router.kind={router.kind}: expected a pass of the whole model, since it routes by facts of the batch.")
+        found = router.decide(context, experts)
+        if found is None and name not in context.gates:
+            raise ConfigError(f"router.kind={router.kind}: the KV cache holds no decision of it; start the generation with this adapter.")
+        kept = context.gates[name] = found if found is not None else context.gates[name]
+        context.shared[name] = router.spread(kept, context)
+    return context.shared[name]
 
 
 class _Wrapper(nn.Module):

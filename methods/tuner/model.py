@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..recorder import Context
+from ..router import FactRouter, Router
 from ..spec import ConfigError
 from . import attention
 from .architecture import DecoderLayer, decoder_layers
@@ -26,10 +27,12 @@ class MixtureModel(BaseTuner):
     tuner_layer_cls = MixtureLayer
     target_module_mapping: dict[str, list[str]] = {}
     accepts_prompt_mask = True
+    accepts_skill_ids = True
 
     def __init__(self, model, peft_config, adapter_name: str, **kwargs: Any) -> None:
         self.__dict__["mixture_recorder"] = None
         self.__dict__["prompt_length"] = None  # while generating
+        self.__dict__["generating_skills"] = None
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self.model.register_forward_pre_hook(self._open_context, with_kwargs=True)
         self.model.register_forward_hook(self._keep_gates, with_kwargs=True)
@@ -98,17 +101,21 @@ class MixtureModel(BaseTuner):
 
     # A forward pass
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own. Without a KV cache every pass sees the whole text again; sequence routers must pool over the prompt alone."""
+    def generate(self, *args: Any, skill_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """The model's own. Without a KV cache every pass sees the whole text again; sequence routers must pool over the prompt alone.
+
+        skill_ids [B]: true skill of each prompt, for routers that read it.
+        """
         tokens = next((kwargs[k] for k in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(k) is not None), args[0] if args else None)
         self.__dict__["prompt_length"] = None if tokens is None else tokens.shape[1]
+        self.__dict__["generating_skills"] = skill_ids
         try:
             return self.model.generate(*args, **kwargs)
         finally:
-            self.__dict__["prompt_length"] = None
+            self.__dict__["prompt_length"] = self.__dict__["generating_skills"] = None
 
     def _open_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        prompt = kwargs.pop("prompt_mask", None)
+        prompt, skills = kwargs.pop("prompt_mask", None), kwargs.pop("skill_ids", None)
         if all(layer.plan is None for layer in self._active_layers()):
             return args, kwargs
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
@@ -133,15 +140,33 @@ class MixtureModel(BaseTuner):
         context = Context(
             mask=mask,
             prompt=None if prompt is None else prompt.bool(),
+            shape=tuple(tokens.shape[:2]),
+            input_ids=given.get("input_ids"),
+            skill_ids=self._skills(skills, tokens),
             recorder=self.mixture_recorder,
             gates=dict(getattr(cache, "mixture_gates", {})),
             continues=cache is not None and cache.get_seq_length() > 0,
         )
         return args, {**kwargs, "mixture_context": context}
 
+    def _routers(self) -> list[Router]:
+        """Of the active adapter."""
+        return [mixture.router for mixture in self._active_layers()[0].plan.mixtures]
+
     def _pools(self) -> bool:
-        """True where a router of the active adapter decides once a sequence."""
-        return any(m.router.granularity == "sequence" for m in self._active_layers()[0].plan.mixtures)
+        """True where a router of the active adapter reads the prompt as a whole."""
+        return any(r.reads_prompt if isinstance(r, FactRouter) else r.granularity == "sequence" for r in self._routers())
+
+    def _skills(self, given: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """Skill ids [B] for the routers that read them, checked; None where none does or none were given."""
+        if not any(getattr(router, "reads_skills", False) for router in self._routers()):
+            return None
+        count = tokens.shape[0]
+        if given is None and self.generating_skills is not None:
+            given = self.generating_skills
+            if given.dim() == 1 and len(given) and count % len(given) == 0:  # beams and returned sequences of a prompt lie together
+                given = given.repeat_interleave(count // len(given))
+        return None if given is None else checked_skills(given, count).to(tokens.device)
 
     def _active_layers(self) -> list[MixtureLayer]:
         layers = self.__dict__.get("_layer_list")
@@ -163,6 +188,20 @@ class MixtureModel(BaseTuner):
     def sites(self) -> list[Site]:
         """Routers and banks of the active adapter, place by place, with their tensors."""
         return [site for layer in self.mixture_layers() for site in layer_sites(layer)]
+
+
+def checked_skills(ids: Tensor, count: int) -> Tensor:
+    """`ids` [count] int64, all at least 0. Raises ConfigError; on a GPU a negative id stops the device instead, without a wait."""
+    if ids.dtype != torch.int64 or tuple(ids.shape) != (count,):
+        found = f"{tuple(ids.shape)} {str(ids.dtype).removeprefix('torch.')}"
+        raise ConfigError(f"skill_ids={found}: expected ({count},) int64, the id of each sequence's skill.")
+    what = "expected ids from 0 on; -1 is a row whose skill is unknown, and an oracle cannot route it."
+    if ids.device.type != "cpu":
+        torch._assert_async((ids >= 0).all(), f"skill_ids: {what}")
+    elif (wrong := (ids < 0).nonzero()).numel():
+        row = int(wrong[0])
+        raise ConfigError(f"skill_ids[{row}]={int(ids[row])}: {what}")
+    return ids
 
 
 def _following(cache: Any, method: Any, name: str):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..bank import AttentionExperts, FeedForwardExperts, LinearExperts
 from ..catalog import Method, Mixture
 from ..params import Param
+from ..router import FactRouter
 from ..spec import ConfigError
 from .architecture import INPUTS, DecoderLayer, Place
 
@@ -36,9 +37,10 @@ class Term:
         return self.mixture.site == "linear" and self.mixture.routed
 
     @property
-    def by_sequence(self) -> bool:
-        """True where the own routers decide once a sequence."""
-        return self.own_router and self.mixture.router.granularity == "sequence"
+    def apart(self) -> bool:
+        """True where the own routers are no linear map of the token: they decide once a sequence or from facts of the batch."""
+        router = self.mixture.router
+        return self.own_router and (router.granularity == "sequence" or isinstance(router, FactRouter))
 
     def router_heads(self, owned: Tensors, i: int) -> tuple[Tensor, Tensor | None]:
         """Linear map of the router on place i."""
@@ -108,7 +110,7 @@ class Group:
             a = [owned[n] for n in term.a_names]
             rows += a
             sizes.append(sum(t.shape[0] for t in a))
-            maps = [] if term.by_sequence else [term.router_heads(owned, i) for i in range(len(term.router_names))]
+            maps = [] if term.apart else [term.router_heads(owned, i) for i in range(len(term.router_names))]
             heads += [w for w, _ in maps]
             head_sizes += [sum(w.shape[0] for w, _ in maps)] if maps else []
             biases.append(cat([b for _, b in maps]) if maps and maps[0][1] is not None else None)

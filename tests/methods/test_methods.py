@@ -11,13 +11,13 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel
-from tiny import ADAPTERS, MIXTURES, assert_near, attached, base, batch, logits, prompt_mask, train, trainable
+from tiny import ADAPTERS, GIVEN, MIXTURES, assert_near, attached, base, batch, logits, prompt_mask, train, trainable
 
 from moabench import methods
 from moabench.methods import catalog
 from moabench.methods.spec import ConfigError
 
-NAMES = catalog.names()
+NAMES = [name for name in catalog.names() if name not in GIVEN]
 SIZE_KEYS = [  # (method, override, does it grow)
     *((name, {"experts.r": 3}) for name in ADAPTERS),
     *((name, {"experts.n": 3}) for name in ("molora", "moe_lora_topk", "hydralora", "adamole", "mixlora", "mixlora_dynamic")),
