@@ -1,15 +1,25 @@
 """Tasks: each YAML of this folder is one lm-eval task, and the only place for the task's facts.
 
-lm-eval reads the protocol (templates, metrics, reported split); `metadata` holds what it has no key for:
+lm-eval reads the native protocol (templates, metrics, reported split). What several tasks share stands in the two files that they
+include: `_choice.yaml` (compared by log-likelihood) and `_math.yaml` (generated). `metadata` holds what lm-eval has no key for; a key
+that a task does not give is that of the included file:
 
     version      of the protocol; a change makes old results incomparable
-    chance       accuracy of guessing, 0..1
+    kind         what a row must have: choices (choices and label), number (a final answer), letter (choices and the right one's letter)
+    chance       accuracy of guessing among the choices, 0..1
+    blank        the question must have a blank `_`
+    instruction  generate: what is asked, in the words of LLM-Adapters (template with the row's keys and those of `formats.Instruction`)
+    words        generate: how the choices are called, one stem that is numbered from 1 or a list
+    extraction   generate: choice_word, number or letter (`extraction.py`)
+    tokens       generate: how many at most
     local        folder of the task under data.root
-    hub          public data set: path, name, revision (a commit), fields (where our row's keys are found in theirs)
+    hub          public data set: path, name, revision (a commit), reader (`benchmarks/hub.py`), splits (the labelled
+                 ones; a mapping where the hub calls them otherwise)
     unavailable  data source -> why this task cannot use it
-    protocol     where the protocol comes from and what it was checked against
+    protocol     where the protocols come from
+    checked      what they were compared with
 
-The files work with plain lm-eval too:
+The files work with plain lm-eval too, each with its native protocol:
     lm-eval run --model hf --model_args pretrained=... --include_path benchmarks/tasks --tasks arc_easy
 Nothing here imports lm-eval, so that a mistyped task name is an instant error.
 """
@@ -17,7 +27,7 @@ Nothing here imports lm-eval, so that a mistyped task name is an instant error.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +35,18 @@ import yaml
 
 from moabench.methods.spec import ConfigError, nearest
 
+from .formats import FORMS, Form
+
+__all__ = ["PROTOCOLS", "Form", "Task", "get", "names", "resolve", "suites", "title"]
+
 FOLDER = Path(__file__).parent
+PROTOCOLS = tuple(FORMS)
+"""loglikelihood, generate, label."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task file. `prompt` and `answer` render a row as lm-eval renders it, for training."""
+    """One task file."""
 
     name: str
     config: dict[str, Any] = field(repr=False)
@@ -45,31 +61,44 @@ class Task:
         return self.config["metadata"]
 
     @property
-    def chance(self) -> float:
-        return float(self.facts["chance"])
+    def kind(self) -> str:
+        """choices, number or letter: what the rows must have."""
+        return self.facts["kind"]
 
-    def unavailable(self, source: str) -> str | None:
-        """Why this task cannot be had from `source`; None where it can."""
-        return (self.facts.get("unavailable") or {}).get(source)
+    @property
+    def native(self) -> str:
+        """The task's own protocol: the one that its file describes to lm-eval."""
+        return {"multiple_choice": "loglikelihood", "generate_until": "generate"}[self.config["output_type"]]
 
-    def prompt(self, row: dict[str, Any]) -> str:
-        """The text before the answer, without a trailing blank."""
-        return self._template.render(**row)
+    def chance(self, protocol: str = "native") -> float:
+        """Accuracy of guessing: 0 where a number is generated."""
+        free = self.kind == "number" and self._protocol(protocol) == "generate"
+        return 0.0 if free else float(self.facts["chance"])
 
-    def answer(self, row: dict[str, Any]) -> str:
-        """The right answer as it continues the prompt: " Paris"."""
-        return self.config.get("target_delimiter", " ") + row["choices"][row["label"]]
+    def unavailable(self, source: str, protocol: str | None = None) -> str | None:
+        """Why this task cannot be had from `source` (with `protocol`, where one is given); None where it can."""
+        if reason := (self.facts.get("unavailable") or {}).get(source):
+            return reason
+        if protocol and self.kind == "number" and source != "builtin" and self._protocol(protocol) != "generate":
+            return f"its rows have a free answer and no choices, and {protocol} compares choices; expected protocol=generate or native"
+        return None
 
-    @cached_property
-    def _template(self):
-        from jinja2 import Environment, StrictUndefined
+    def form(self, protocol: str = "native", template: str | None = None) -> Form:
+        """How a row becomes text under `protocol`. `template`: another layout of the instruction (`formats.TEMPLATES`)."""
+        return _form(self.name, self._protocol(protocol), template)
 
-        return Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(self.config["doc_to_text"])
+    def _protocol(self, protocol: str) -> str:
+        if protocol == "native":
+            return self.native
+        if protocol not in PROTOCOLS:
+            known = ("native", *PROTOCOLS)
+            raise ConfigError(f"protocol={protocol!r}: expected one of {', '.join(known)}.{nearest(protocol, known)}")
+        return protocol
 
 
 def names() -> list[str]:
     """Names of all tasks, from the folder."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in FOLDER.glob("[!_]*.yaml"))
 
 
 def get(name: str, key: str = "task") -> Task:
@@ -79,12 +108,55 @@ def get(name: str, key: str = "task") -> Task:
     return _read(name)
 
 
+@lru_cache(maxsize=1)
+def suites() -> dict[str, tuple[str, ...]]:
+    """Suite -> its tasks, from the folder `suites/` (groups of lm-eval)."""
+    found = {}
+    for path in sorted((FOLDER / "suites").glob("*.yaml")):
+        group = _load(path)
+        found[group["group"]] = tuple(group["task"])
+    return found
+
+
+def resolve(value: str | list[str] | tuple[str, ...], key: str = "task") -> tuple[str, tuple[str, ...]]:
+    """(name, tasks) of a task, a suite or a list of both: "arc" -> ("arc", ("arc_easy", "arc_challenge")), ["arc", "gsm8k"] ->
+    ("arc+gsm8k", ...). No task comes twice. Raises ConfigError that names `key`."""
+    parts = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
+    known = [*names(), *suites()]
+    if not parts:
+        raise ConfigError(f"{key}={value!r}: expected a task, a suite ({', '.join(suites())}) or a list of them.")
+    for part in parts:
+        if part not in known:
+            raise ConfigError(f"{key}={part!r}: no such task or suite.{nearest(str(part), known)}")
+    parts = list(dict.fromkeys(parts))
+    return "+".join(parts), tuple(dict.fromkeys(task for part in parts for task in suites().get(part, (part,))))
+
+
+def title(task: str, source: str, protocol: str = "native") -> str:
+    """Name of a result, which says where the rows come from and how they were asked: "arc_easy@builtin:loglikelihood"."""
+    return f"{task}@{source}:{get(task)._protocol(protocol)}"
+
+
+@lru_cache
+def _form(name: str, protocol: str, template: str | None) -> Form:
+    return FORMS[protocol](get(name), template)
+
+
 @lru_cache
 def _read(name: str) -> Task:
-    config = yaml.load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), Loader=_Loader)
+    config = _load(FOLDER / f"{name}.yaml")
     if config["task"] != name:
         raise ConfigError(f"{name}.yaml: task={config['task']!r}, expected the name of its file.")
     return Task(name, config)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """A file over the one that it includes, `metadata` key by key; a task that includes none gets the metadata of `_choice.yaml`."""
+    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    plain = "task" in config and "group" not in config and "include" not in config
+    base = _load(path.parent / config.pop("include", "_choice.yaml")) if plain or "include" in config else {}
+    metadata = {**base.get("metadata", {}), **(config.get("metadata") or {})}
+    return {**({} if plain else base), **config, **({"metadata": metadata} if metadata else {})}
 
 
 class _Loader(yaml.SafeLoader):

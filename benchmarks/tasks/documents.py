@@ -1,20 +1,40 @@
-"""`custom_dataset` of every task file: lm-eval gets its documents from `benchmarks.data`, without files or caches of its own."""
+"""What the task files call by name: documents from `benchmarks.data`, prompts and scores from `formats`. No caches of lm-eval's."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 
 from moabench.benchmarks import data, tasks
 
 
-def load(config_source: str, source: str = "builtin", root: str | None = None, eval_limit: int | None = None, seed: int = 0, **_):
+def load(config_source: str, source: str = "builtin", seed: int = 0, **options: Any) -> dict[str, datasets.Dataset]:
     """{split: Dataset} with the split that the task reports.
 
-    lm-eval passes a task's metadata: `config_source` is the path of its YAML; the others are the keys of the config group `data`.
+    lm-eval passes a task's metadata: `config_source` is the path of its YAML; `options` may hold root, eval_limit and
+    revisions of the config group `data`.
     """
     task = tasks.get(Path(config_source).stem)
-    rows = data.load_rows(task.name, task.split, SimpleNamespace(source=source, root=root, eval_limit=eval_limit, seed=seed))
+    known = {key: options[key] for key in ("root", "eval_limit", "revisions") if key in options}
+    rows = data.load_rows(task.name, task.split, SimpleNamespace(source=source, seed=seed, **{"root": None, **known}))
     return {task.split: datasets.Dataset.from_list(rows)}
+
+
+def prompt(row: dict[str, Any]) -> str:
+    """Text before the response, of tasks that are generated natively."""
+    return tasks.get(row["task"]).form().prompt(row)
+
+
+def answer(row: dict[str, Any]) -> str:
+    """The right response."""
+    return tasks.get(row["task"]).form().answer(row)
+
+
+def score(row: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """acc and acc_strict of one generated response."""
+    form = tasks.get(row["task"]).form()
+    found = form.extract(results[0], row)
+    return {"acc": float(form.correct(found.paper, row)), "acc_strict": float(form.correct(found.strict, row))}
