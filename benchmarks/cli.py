@@ -13,6 +13,7 @@ import threading
 import traceback
 from typing import Any
 
+from moabench.benchmarks import tasks
 from moabench.benchmarks.config import CONF, RunConfig, groups
 from moabench.benchmarks.files import RunError, storage_error
 from moabench.benchmarks.overrides import nested, one_line, prepare
@@ -29,12 +30,16 @@ examples:
   {prog} method=lora task=arc_easy train.steps=100 seed=1
   {prog} method=moa_sparse method.router.gamma_max=0.8 train.lr=1e-3
   {prog} method=molora method.router.kind=topk method.router.k=2
-  {prog} method=mixlora task=arc data=local data.root=../datasets
+  {prog} method=moa_soft task=commonsense
+  {prog} method=mixlora task=[arc,gsm8k] protocol=generate data=local data.root=../datasets
   {prog} model.path=path/or/hub-id train=paper data=hub
   {prog} -m method=none,lora,moa_soft,moa_sparse seed=0,1,2 quiet=true
 
 choices (each is a file conf/<group>/<choice>.yaml):
 {choices}
+
+tasks (each is a file in benchmarks/tasks/), and suites of them:
+{tasks}
 
 keys of the defaults (`{prog} --cfg job` prints the composed config with your overrides):
 {keys}
@@ -142,7 +147,13 @@ def help_text() -> str:
     prog = f"python {prog}" if prog.endswith(".py") else prog
     choices = "\n".join(_wrapped(f"  {group:<8}", names) for group, names in known.items())
     keys = "\n".join(_wrapped(f"  {prefix:<8}", names) for prefix, names in _keys().items())
-    return USAGE.format(prog=prog, choices=choices, keys=keys, defaults=_defaults())
+    return USAGE.format(prog=prog, choices=choices, tasks=_tasks(), keys=keys, defaults=_defaults())
+
+
+def _tasks() -> str:
+    """Every task, and every suite with what it holds."""
+    suites = [_wrapped(f"  {name:<12}", list(members)) for name, members in sorted(tasks.suites().items())]
+    return "\n".join([_wrapped(f"  {'task':<12}", tasks.names()), *suites])
 
 
 def _keys() -> dict[str, list[str]]:
@@ -161,9 +172,9 @@ def _defaults() -> str:
     """The default choices, as one would type them."""
     import yaml
 
-    chosen = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
-    pairs = [item for entry in chosen if isinstance(entry, dict) for item in entry.items() if " " not in item[0]]
-    return " ".join(f"{group}={choice}" for group, choice in pairs[:3])
+    chosen = yaml.safe_load((CONF / "config.yaml").read_text())
+    groups = {group: choice for entry in chosen["defaults"] if isinstance(entry, dict) for group, choice in entry.items()}
+    return f"method={groups['method']} task={chosen['task']} model={groups['model']}"
 
 
 def _wrapped(head: str, names: list[str], width: int = 110) -> str:

@@ -12,12 +12,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from moabench.benchmarks import tasks
+from moabench.benchmarks.mixes import MixConfig
+from moabench.benchmarks.world.facts import Axes
 from moabench.methods import catalog
 from moabench.methods.spec import Bound, ConfigError, Count, NonNegative, Positive, Share, build, nearest
 
@@ -91,21 +93,23 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is trained on and what is evaluated: names of files in benchmarks/tasks/."""
+    """What is evaluated: tasks of benchmarks/tasks, under the name of their suite (`arc`), or joined (`arc+gsm8k`)."""
 
     name: str
-    train: tuple[str, ...]
     eval: tuple[str, ...]
 
     def __post_init__(self) -> None:
         known = tasks.names()
-        for key in ("train", "eval"):
-            names = getattr(self, key)
-            if not names:
-                raise ConfigError(f"{key}=[]: expected at least one task.{nearest('', known)}")
-            for name in names:
-                if name not in known:
-                    raise ConfigError(f"{key} names {name!r}: no such task.{nearest(name, known)}")
+        if not self.eval:
+            raise ConfigError(f"eval=[]: expected at least one task.{nearest('', known)}")
+        for name in self.eval:
+            if name not in known:
+                raise ConfigError(f"eval names {name!r}: no such task.{nearest(name, known)}")
+
+    @classmethod
+    def of(cls, value: Any) -> TaskConfig:
+        """From what stands on the command line: a task, a suite, or a list of them."""
+        return cls(*tasks.resolve(value))
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,18 @@ class DataConfig:
     """Rows per evaluation task; null: all."""
     seed: int = 0
     """Seed of the built-in world; the shipped model knows world 0."""
+    world: Axes = field(default_factory=Axes)
+    """Difficulty of the built-in world's questions (source=builtin)."""
+    revisions: dict[str, str] = field(default_factory=dict)
+    """Task -> commit of its public data set (source=hub), instead of the pinned one of the task's file."""
 
     def __post_init__(self) -> None:
+        if self.source != "builtin" and self.world != Axes():
+            raise ConfigError(f"world={self.world}: only data=builtin has these dials, and source is {self.source}.")
+        if self.revisions and self.source != "hub":
+            raise ConfigError(f"revisions={self.revisions}: only data=hub reads public data sets, and source is {self.source}.")
+        for task in self.revisions:
+            tasks.get(task, "revisions")
         if self.source == "local" and self.root is None:
             raise ConfigError("root=null: data=local expects a folder with <task>/<split>.jsonl files, data.root=path/to/folder.")
         if self.source != "local" and self.root is not None:
@@ -154,6 +168,8 @@ class TrainConfig:
     """Clipping norm; 0: off."""
     max_length: Annotated[int, Bound(ge=8)] = 256
     """Tokens a sequence."""
+    loss: Literal["response", "whole"] = "response"
+    """Tokens whose loss is trained on: those of the answer, or the prompt's too."""
     gradient_checkpointing: bool = False
     eval_batch_size: Count = 64
     """Sequences per forward pass in evaluation."""
@@ -194,6 +210,13 @@ class RunConfig:
     task: TaskConfig
     data: DataConfig
     train: TrainConfig
+    mix: MixConfig = field(default_factory=lambda: MixConfig(own=True))
+    protocol: Literal["native", "loglikelihood", "generate", "label"] = "native"
+    """How questions are put and answers read; native: each task's own."""
+    leakage: Literal["drop", "refuse", "mark"] = "drop"
+    """What becomes of training rows that are also evaluated."""
+    forgetting: str = "auto"
+    """Text whose loss is measured before and after training: auto (the corpus of the shipped model), none, or a text file."""
     budget: BudgetConfig = BudgetConfig()
     logger: LoggerConfig = LoggerConfig()
     runs_dir: str = "runs"
@@ -217,6 +240,8 @@ class RunConfig:
             method = catalog.parse(data["method"], "method")
             if isinstance(data.get("train"), dict):
                 data["train"] = _merge_recipe(data["train"], method.name, chosen)
+        if isinstance(data.get("task"), str | list | tuple):
+            data["task"] = TaskConfig.of(data["task"])
         if isinstance(data.get("model"), dict) and "model.path" in chosen:
             data["model"] = _own_model(data["model"], chosen)
         return build(cls, data)

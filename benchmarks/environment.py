@@ -71,7 +71,10 @@ def commit() -> dict[str, Any]:
 
 def inputs(cfg: RunConfig) -> dict[str, Any]:
     """Fingerprints of the weights and of the rows that the run reads; part of the run's hash. Raises ConfigError for bad data."""
-    return {"model": model_fingerprint(cfg.model), "data": data_fingerprints(cfg)}
+    found = {"model": model_fingerprint(cfg.model), "evaluation": evaluation_fingerprints(cfg)}
+    if cfg.parsed_method.tuner != "none":
+        found["training"] = training_fingerprint(cfg)
+    return found
 
 
 def model_fingerprint(model: ModelConfig) -> str | None:
@@ -97,15 +100,30 @@ def _update(content: Any, path: Path) -> None:
         content.update(file.read())
 
 
-def data_fingerprints(cfg: RunConfig) -> dict[str, str]:
-    """SHA-256 (16 hex digits) of the rows of each task and split; for the hub, of the pinned name and revision."""
+def evaluation_fingerprints(cfg: RunConfig) -> dict[str, str]:
+    """By task: SHA-256 (16 hex digits) of its protocol's version and of the rows it reports; for the hub, of the pinned revision."""
     from moabench.benchmarks.data import load_rows
 
     found = {}
-    for task, split in sorted({(t, "train") for t in cfg.task.train} | {(t, tasks.get(t).split) for t in cfg.task.eval}):
-        content = tasks.get(task).facts.get("hub") if cfg.data.source == "hub" else load_rows(task, split, cfg.data)
-        found[f"{task}/{split}"] = digest(content)[:16]
+    for name in cfg.task.eval:
+        task = tasks.get(name)
+        content = _pinned(cfg, name) if cfg.data.source == "hub" else load_rows(name, task.split, cfg.data)
+        found[name] = digest([task.facts["version"], content])[:16]
     return found
+
+
+def training_fingerprint(cfg: RunConfig) -> str:
+    """SHA-256 (16 hex digits) of the rows trained on, before any is dropped as leaked; for the hub, of the pinned revisions."""
+    from moabench.benchmarks import mixes
+
+    if cfg.data.source == "hub":
+        parts = cfg.mix.parts or dict.fromkeys(cfg.task.eval)
+        return digest([_pinned(cfg, name) for name in parts])[:16]
+    return digest(mixes.training_rows(cfg.mix, cfg.task.eval, cfg.data, seed=0)[0])[:16]
+
+
+def _pinned(cfg: RunConfig, task: str) -> Any:
+    return [tasks.get(task).facts.get("hub"), cfg.data.revisions.get(task)]
 
 
 def _device_name(device: str) -> str:

@@ -11,7 +11,7 @@ import random
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,52 +82,111 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], resume: 
 def _measure(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: loggers.Logger, resume: bool) -> dict[str, Any]:
     """Evaluate the base, attach, train, evaluate; writes the tables and the adapter, returns the metrics."""
     from moabench import methods
-    from moabench.benchmarks.data import load_rows
-    from moabench.benchmarks.evaluation import evaluate
+    from moabench.benchmarks import forgetting
     from moabench.benchmarks.model import load_model
     from moabench.benchmarks.training import LiveLog, train
 
-    rows = [dict(row, task=task) for task in cfg.task.train for row in load_rows(task, "train", cfg.data)]
+    trains = cfg.parsed_method.tuner != "none"
+    held_out = forgetting.held_out_texts(cfg)
+    rows, skills, metrics = _training_rows(cfg, path) if trains else ([], (), {})
     model, tokenizer = load_model(cfg.model, cfg.seed, device)
-    base = _frozen_base(cfg, inputs, device, model, tokenizer)
+    base = _frozen_base(cfg, inputs, device, model, tokenizer, held_out)
     seed_everything(cfg.seed)  # the adapter's initialisation depends on nothing that happened before
     model = methods.attach(model, cfg.method)
-    sizes = methods.param_count(model)
-    metrics = {f"params/{part}": count for part, count in sizes.items()}
+    metrics |= {f"params/{part}": count for part, count in methods.param_count(model).items()}
     history, routing = [], []
-    if sizes["trainable"]:
+    if trains:
         try:
             live = [LiveLog(logger.log)]
-            trained = train(model, tokenizer, rows, cfg, path, resume=resume, progress=not cfg.quiet, callbacks=live)
+            trained = train(model, tokenizer, rows, cfg, path, resume=resume, progress=not cfg.quiet, callbacks=live, skills=skills)
         except ConfigError as error:  # a loss that is not finite: the run stays, with its reason
             raise RunError(str(error)) from error
         history, routing = [{"step": row["step"], **row} for row in trained.history], list(trained.routing)
         logger.log_history(history)
         metrics |= trained.metrics
         _save_adapter(cfg, path, inputs, model)
-        evaluated = evaluate(model, tokenizer, cfg.task.eval, cfg, progress=not cfg.quiet)
-        metrics |= evaluated.metrics
-        samples, routing = evaluated.samples, routing + list(evaluated.routing)
+        found = _evaluated(cfg, model, tokenizer, held_out, skills)
+        routing += found["routing"]
     else:
-        metrics |= base["metrics"]
-        samples = base["samples"]
+        found = base
+    metrics |= found["metrics"]
     metrics |= {f"base/{key.removeprefix('eval/')}": v for key, v in base["metrics"].items() if key.startswith("eval/")}
-    for name, table in {"history": history, "routing": routing, "samples": samples}.items():
+    if held_out:
+        metrics |= forgetting.change(base["metrics"], found["metrics"])
+    for name, table in {"history": history, "routing": routing, "samples": found["samples"]}.items():
         files.write_parquet(path / f"{name}.parquet", table)
+    files.write_json(path / "protocol.json", _protocols(cfg))
     return metrics
 
 
-def _frozen_base(cfg: RunConfig, inputs: dict, device: str, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Metrics and samples of the base as it is: measured once for each model, data, tasks and way of evaluating, then read."""
+def _training_rows(cfg: RunConfig, path: Path) -> tuple[list[dict], tuple[str, ...], dict[str, Any]]:
+    """Rows to train on, the names of the true skills in the order of their ids, and metrics; `data.json` and `leakage.json` say how
+    the rows were made and which of them are evaluated too. Raises ConfigError with leakage=refuse."""
+    from moabench.benchmarks import leakage, mixes, tasks
+    from moabench.benchmarks.data import load_rows
+
+    rows, record = mixes.training_rows(cfg.mix, cfg.task.eval, cfg.data, seed=0)  # one data set for all seeds of a study
+    evaluated = [row for task in cfg.task.eval for row in load_rows(task, tasks.get(task).split, cfg.data)]
+    # The built-in world is made of templates, where two facts differ in a word or two: nearness means nothing there.
+    report = leakage.check(rows, evaluated, near=cfg.data.source != "builtin" or cfg.mix.file is not None)
+    kept = leakage.apply(report, rows, cfg.leakage)
+    files.write_json(path / "data.json", record | {"rows": len(kept)})
+    files.write_json(path / "leakage.json", report.record(cfg.leakage))
+    if not cfg.quiet:
+        for line in _notes(cfg, record, report):
+            print(line, file=sys.stderr)
+    skills = tuple(sorted({row["skill"] for row in (*kept, *evaluated) if row.get("skill")}))
+    return kept, skills, {"train/rows": len(kept), "leakage/rows": len(report.leaked), "leakage/dropped": len(rows) - len(kept)}
+
+
+def _notes(cfg: RunConfig, record: dict[str, Any], report: Any) -> Iterator[str]:
+    """What a user must know about the training rows: tasks without any, files that differ from the published ones, leaked rows."""
+    if record["without_train_split"]:
+        yield f"no train split with data.source={cfg.data.source}, so not trained on: {', '.join(record['without_train_split'])}"
+    for difference in record.get("instructions", {}).get("differs", []):
+        yield f"mix={cfg.mix.name}: {difference}"
+    if report.leaked:
+        done = {"drop": "dropped", "mark": "kept (leakage=mark)"}[cfg.leakage]
+        yield f"{len(report.leaked):,} of {report.train_rows:,} training rows are evaluated too, {done}; leakage.json lists them"
+
+
+def _protocols(cfg: RunConfig) -> dict[str, Any]:
+    """How each task was put and read: protocol, prompt template, extraction, the tokens that the loss is taken on, task version."""
+    from moabench.benchmarks import tasks
+
+    found = {}
+    for name in cfg.task.eval:
+        task = tasks.get(name)
+        form = task.form(cfg.protocol)
+        about = {"loss": cfg.train.loss, "split": task.split, "version": task.facts["version"]}
+        found[tasks.title(name, cfg.data.source, form.protocol)] = form.names | about
+    return found
+
+
+def _evaluated(cfg: RunConfig, model: Any, tokenizer: Any, held_out: list[str], skills: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Metrics, samples and routing of the model as it is now."""
+    from moabench.benchmarks import forgetting
     from moabench.benchmarks.evaluation import evaluate
 
+    result = evaluate(model, tokenizer, cfg.task.eval, cfg, progress=not cfg.quiet, skills=skills)
+    metrics = dict(result.metrics)
+    if held_out:
+        loss = forgetting.text_loss(model, tokenizer, held_out, cfg.train.eval_batch_size, progress=not cfg.quiet)
+        metrics |= {f"forgetting/{key}": value for key, value in loss.items()}
+    return {"metrics": metrics, "samples": result.samples, "routing": list(result.routing)}
+
+
+def _frozen_base(cfg: RunConfig, inputs: dict, device: str, model: Any, tokenizer: Any, held_out: list[str]) -> dict[str, Any]:
+    """Metrics and samples of the base as it is: measured once for each model, data, tasks and way of evaluating, then read."""
     plain = cfg.to_dict()
     shared = {
         "model": plain["model"],
         "weights": inputs["model"],
         "data": {key: value for key, value in plain["data"].items() if key != "train_limit"},
-        "rows": {key: value for key, value in inputs["data"].items() if not key.endswith("/train")},
+        "rows": inputs["evaluation"],
         "tasks": cfg.task.eval,
+        "protocol": cfg.protocol,
+        "held_out": held_out,
         "seed": cfg.seed if cfg.model.kind == "random" else None,
         "device": device,
         "batch": cfg.train.eval_batch_size,
@@ -135,8 +194,7 @@ def _frozen_base(cfg: RunConfig, inputs: dict, device: str, model: Any, tokenize
     file = Path(cfg.runs_dir).expanduser() / ".base" / f"{cfg.model.name}-{digest(shared)[:16]}.json"
     known = files.read_json(file)
     if known is None:
-        result = evaluate(model, tokenizer, cfg.task.eval, cfg, progress=not cfg.quiet)
-        known = {"metrics": result.metrics, "samples": result.samples}
+        known = _evaluated(cfg, model, tokenizer, held_out)
         files.write_json(file, known)
     return known
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-from moabench.benchmarks import config
+from moabench.benchmarks import config, tasks
 from moabench.benchmarks.config import RunConfig, groups
 from moabench.methods.spec import ConfigError, nearest
 
@@ -42,6 +43,9 @@ def _checked(override: Any, text: str) -> str:
         for choice in _choices(override):
             if choice not in known[key]:
                 raise ConfigError(f"{key}={choice}: no such {key}.{nearest(choice, known[key])}")
+    elif key == "task":
+        for value in _task_values(override):
+            tasks.resolve(value)
     else:
         _check_key(key, override.value(), known)
         if override.type.name == "CHANGE" and "." in key:
@@ -60,6 +64,14 @@ def _choices(override: Any) -> Iterator[str]:
         yield "null" if value is None else str(value)
 
 
+def _task_values(override: Any) -> Iterator[Any]:
+    """What `task=` asks for: names, or lists of names; in a sweep several of them."""
+    if override.is_sweep_override():
+        yield from override.sweep_iterator(transformer=lambda element: element)
+    else:
+        yield override.value()
+
+
 def _check_key(key: str, value: Any, known: dict[str, list[str]]) -> None:
     """Raise ConfigError unless `key` is a field of the config; what lies below `method` is judged when the method is built."""
     fields: Any = {f.name for f in dataclasses.fields(RunConfig)} | set(known)
@@ -70,7 +82,7 @@ def _check_key(key: str, value: Any, known: dict[str, list[str]]) -> None:
             raise ConfigError(f"unknown key '{key}' (value {value!r}).{nearest_key(parts, depth, fields)}")
         cls = nested(cls, part)
         if cls is None:
-            if part not in ("method", "recipes") and parts[depth + 1 :]:
+            if part not in ("method", "recipes", "parts", "revisions") and parts[depth + 1 :]:
                 raise ConfigError(f"unknown key '{key}' (value {value!r}). '{'.'.join(parts[: depth + 1])}' holds one value.")
             return
         fields = {f.name for f in dataclasses.fields(cls)} | ({"recipes"} if cls is config.TrainConfig else set())
@@ -85,7 +97,7 @@ def nearest_key(parts: list[str], depth: int, fields: set[str]) -> str:
 def nested(cls: type, name: str) -> type | None:
     """The dataclass that the field `name` of `cls` holds, if it holds one."""
     text = {f.name: str(f.type) for f in dataclasses.fields(cls)}.get(name, "")
-    found = getattr(config, text.split("|")[0].strip(), None)
+    found = getattr(sys.modules[cls.__module__], text.split("|")[0].strip(), None)
     return found if dataclasses.is_dataclass(found) else None
 
 

@@ -21,34 +21,60 @@ LOAD = {
 """Load measures that the table shows if a run has them; all are in metrics.json."""
 
 
+FORGETTING = {"before": "held-out text {:.3f} nats a token before", "loss": "{:.3f} after"}
+"""The line on what was lost of the base's own text."""
+
+LEAKAGE = {"rows": "{:,.0f} training rows are evaluated too", "dropped": "{:,.0f} dropped"}
+"""The line on training rows that are evaluated too, where there are any."""
+
+
 def show(folder: Path, found: bool = False) -> None:
     """Print the summary of a finished run; `found` says that it had been done before."""
     metrics = files.read_json(folder / "metrics.json") or {}
     cfg = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     console = Console(highlight=False)
-    title = f"{cfg['method']['name']} on {cfg['model']['name']}, {cfg['task']['name']}, seed {cfg['seed']}"
+    ways = {title.partition("@")[2] for title in evaluated(metrics)}
+    way = f"@{ways.pop()}" if len(ways) == 1 else ""  # said once, where it is the same for every task
+    title = f"{cfg['method']['name']} on {cfg['model']['name']}, {cfg['task']['name']}{way}, seed {cfg['seed']}"
     console.print()
-    console.print(_accuracy(metrics, title + (" (found finished)" if found else "")))
+    console.print(title + (" (found finished)" if found else ""), style="bold", soft_wrap=True, markup=False)
+    console.print(_accuracy(metrics, way))
     for name, text in _facts(metrics, folder):
         console.print(f"  {name:<11} {text}", soft_wrap=True, markup=False)
 
 
-def _accuracy(metrics: dict[str, Any], title: str) -> Table:
+def _accuracy(metrics: dict[str, Any], way: str) -> Table:
     """One row a task: accuracies in percent with standard error, chance, the frozen base, and what training gained."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("task", no_wrap=True)
-    for column in ("acc %", "acc_norm %", "base %", "gain", "chance"):
+    titles = evaluated(metrics)
+    extra = [name for name in ("acc_norm", "acc_strict") if any(f"eval/{title}/{name}" in metrics for title in titles)]
+    for column in ("acc %", *(f"{name} %" for name in extra), "base %", "gain", "chance"):
         table.add_column(column, justify="right", no_wrap=True)
-    for task in evaluated(metrics):
-        acc, base = metrics.get(f"eval/{task}/acc"), metrics.get(f"base/{task}/acc")
-        gain = f"{100 * (acc - base):+.1f}" if acc is not None and base is not None else ""
-        norm, reference = _percent(metrics, f"eval/{task}/acc_norm"), _percent(metrics, f"base/{task}/acc")
-        table.add_row(task, _percent(metrics, f"eval/{task}/acc"), norm, reference, gain, _chance(task))
+    for title in titles:
+        others = [_percent(metrics, f"eval/{title}/{name}") for name in extra]
+        acc, base = (_percent(metrics, f"{part}/{title}/acc") for part in ("eval", "base"))
+        gain = _gain(metrics[f"eval/{title}/acc"], metrics.get(f"base/{title}/acc"))
+        table.add_row(title.removesuffix(way), acc, *others, base, gain, _chance(title))
+    if len(titles) > 1:
+        values = [_mean(metrics, part, titles) for part in ("eval", "base")]
+        shown = ["" if value is None else f"{100 * value:.1f}" for value in values]
+        table.add_section()
+        table.add_row("mean", shown[0], *[""] * len(extra), shown[1], _gain(*values), "")
     return table
 
 
+def _gain(accuracy: float | None, base: float | None) -> str:
+    return f"{100 * (accuracy - base):+.1f}" if accuracy is not None and base is not None else ""
+
+
+def _mean(metrics: dict[str, Any], part: str, titles: list[str]) -> float | None:
+    found = [metrics[f"{part}/{title}/acc"] for title in titles if f"{part}/{title}/acc" in metrics]
+    return sum(found) / len(found) if len(found) == len(titles) else None
+
+
 def evaluated(metrics: dict[str, Any]) -> list[str]:
-    """The tasks that `metrics` has accuracies of, as `<task>@<source>`."""
+    """The results that `metrics` has accuracies of, as `<task>@<source>:<protocol>`."""
     return [key.split("/")[1] for key in metrics if key.startswith("eval/") and key.endswith("/acc")]
 
 
@@ -59,9 +85,9 @@ def _percent(metrics: dict[str, Any], key: str) -> str:
     return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
-def _chance(task: str) -> str:
-    name = task.partition("@")[0]
-    return f"{100 * tasks.get(name).chance:.0f}" if name in tasks.names() else ""
+def _chance(title: str) -> str:
+    name, protocol = title.partition("@")[0], title.rpartition(":")[2]
+    return f"{100 * tasks.get(name).chance(protocol):.0f}" if name in tasks.names() else ""
 
 
 def _facts(metrics: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
@@ -76,7 +102,10 @@ def _facts(metrics: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     names = [key.removeprefix("train/loss_") for key in metrics if key.startswith("train/loss_") and key != "train/loss_total"]
     losses = [_figure(metrics, f"train/loss_{name}", f"{name} {{:.4g}}") for name in names]
     load = [_figure(metrics, f"load/{key}", f"{name} {{:.3g}}") for key, name in LOAD.items()]
-    lines = {"parameters": [parameters], "training": parts, "losses": losses, "load": load, "folder": [str(folder)]}
+    forgotten = [_figure(metrics, f"forgetting/{key}", form) for key, form in FORGETTING.items()]
+    leaked = [_figure(metrics, f"leakage/{key}", form) for key, form in LEAKAGE.items()] if metrics.get("leakage/rows") else []
+    lines = {"parameters": [parameters], "training": parts, "losses": losses, "load": load, "forgetting": forgotten, "leakage": leaked}
+    lines["folder"] = [str(folder)]
     joined = {name: ", ".join(filter(None, texts)) for name, texts in lines.items()}
     return [(name, text) for name, text in joined.items() if text]
 

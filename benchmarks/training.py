@@ -8,7 +8,8 @@ import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moabench.methods.spec import ConfigError
 
-from . import batches, tasks
+from . import batches, cache, mixes, tasks
 from .batches import Example
 from .trainer import MixtureTrainer
 
@@ -46,15 +47,16 @@ def train(
     resume: bool,
     progress: bool,
     callbacks: Sequence[TrainerCallback] = (),
+    skills: Sequence[str] = (),
 ) -> TrainResult:
-    """Trains what is trainable of `model`, in place; nothing happens where nothing is.
+    """Trains what is trainable of `model`, in place; nothing happens where nothing is. skills: names in the order of their ids.
 
     Checkpoints go to run_dir/checkpoints; with `resume` the last one is continued, and the result equals an uninterrupted run's.
     Raises ConfigError for rows that cannot be trained on and for a loss that is not finite.
     """
     if not any(p.requires_grad for p in model.parameters()):
         return TrainResult({}, [], [])
-    examples, cut = encode_rows(tokenizer, rows, cfg)
+    examples, cut = encode_rows(tokenizer, rows, cfg, skills)
     folder = Path(run_dir) / "checkpoints"
     steps = _steps(cfg, len(examples))
     args = _arguments(model, cfg, steps, folder)
@@ -65,24 +67,42 @@ def train(
             model=model,
             args=args,
             train_dataset=[examples[i] for i in order],
-            data_collator=lambda chosen: batches.collate(chosen, tokenizer.pad_token_id or 0),
+            data_collator=partial(_collate, pad=tokenizer.pad_token_id or 0, loss=cfg.train.loss),
             callbacks=[_Progress(progress), *callbacks],
         )
         trainer.tally.start()
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resume else None)
     history = [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss/total" in row]
-    title = "+".join(f"{name}@{cfg.data.source}" for name in cfg.task.train)
     metrics = _summary(history, trainer.tally) | peak | {"train/steps": steps, "train/cut_examples": cut}
-    return TrainResult(metrics, history, trainer.tally.load.rows("train", title))
+    return TrainResult(metrics, history, trainer.tally.load.rows("train", f"{cfg.mix.name}@{cfg.data.source}"))
 
 
-def encode_rows(tokenizer, rows: list[dict], cfg: RunConfig) -> tuple[list[Example], int]:
+def encode_rows(tokenizer, rows: list[dict], cfg: RunConfig, skills: Sequence[str] = ()) -> tuple[list[Example], int]:
     """Rows as prompt, right answer and end token, at most `train.max_length` tokens; and how many had to be cut for that."""
     if not rows:
         raise ConfigError("training rows: none, expected at least one.")
-    found = [(tasks.get(row.get("task", cfg.task.train[0]), "task.train"), row) for row in rows]
-    whole = batches.encode(tokenizer, [(task.prompt(row), task.answer(row)) for task, row in found], eos=True)
-    return [e.last(cfg.train.max_length) for e in whole], sum(len(e.ids) > cfg.train.max_length for e in whole)
+    pairs = [_texts(row, cfg.protocol) for row in rows]
+    whole = cache.encoded(Path(cfg.runs_dir).expanduser() / ".cache", tokenizer, pairs, eos=True, encode=batches.encode)
+    number = {name: i for i, name in enumerate(skills)}
+    examples = [replace(e.last(cfg.train.max_length), skill=number.get(row.get("skill"), -1)) for e, row in zip(whole, rows, strict=True)]
+    return examples, sum(len(e.ids) > cfg.train.max_length for e in whole)
+
+
+def _texts(row: dict, protocol: str) -> tuple[str, str]:
+    """(prompt, answer) of a row in the form in which its task is evaluated; an instruction row brings its own text."""
+    if "instruction" in row:
+        return mixes.pair(row)
+    form = tasks.get(row["task"], "mix.parts").form(protocol)
+    return form.prompt(row), form.answer(row)
+
+
+def _collate(examples: Sequence[Example], pad: int, loss: str) -> dict[str, Any]:
+    """A batch whose labels are the answers (loss=response) or every token (loss=whole); prompts stay marked as prompts."""
+    batch = batches.collate(examples, pad)
+    if loss == "whole":
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["kept"] = batch["input_ids"].shape[1]
+    return batch
 
 
 def _step_size(cfg: RunConfig) -> int:

@@ -43,7 +43,7 @@ def config(questions):
         return RunConfig(
             method=catalog.raw(method),
             model=ModelConfig("tiny", kind="builtin"),
-            task=TaskConfig("arc", train=("arc_easy", "arc_challenge"), eval=("arc_easy", "arc_challenge")),
+            task=TaskConfig.of("arc"),
             data=DataConfig("local", root=str(questions)),
             train=TrainConfig(**(options | train)),
             device="cpu",

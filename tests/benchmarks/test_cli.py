@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moabench.benchmarks import cli, overrides
+from moabench.benchmarks import cli, overrides, tasks
 from moabench.benchmarks.config import CONF, RunConfig, groups
 from moabench.benchmarks.runs import find
 from moabench.methods.spec import ConfigError
@@ -36,7 +36,7 @@ def only_error(done: subprocess.CompletedProcess, code: int) -> str:
 
 BAD = {
     "method": (["method=moa_sparce"], "method=moa_sparce: no such method. Did you mean 'moa_sparse'?"),
-    "task": (["task=ark"], "task=ark: no such task. Did you mean 'arc'?"),
+    "task": (["task=ark"], "task='ark': no such task or suite. Did you mean 'arc'?"),
     "model": (["model=tinny"], "model=tinny: no such model. Did you mean 'tiny'?"),
     "choice of a sweep": (["-m", "method=lora,molra"], "Did you mean 'molora'?"),
     "data": (["data=bultin"], "Did you mean 'builtin'?"),
@@ -58,7 +58,13 @@ BAD = {
     "missing data root": (["data=local", "data.root=not/there"], "data.root='not/there': no such folder"),
     "model path": (["model.path=./not_there"], "model.path='./not_there': no folder"),
     "model without weights": (["model.path=empty_model"], "no config.json in empty_model"),
-    "task name": (["task.eval=[arc_esy]"], "Did you mean 'arc_easy'?"),
+    "task of a list": (["task=[arc,arc_esy]"], "Did you mean 'arc_easy'?"),
+    "task of a sweep": (["-m", "task=arc,[boolq,gms8k]"], "Did you mean 'gsm8k'?"),
+    "protocol": (["protocol=lable"], "Did you mean 'label'?"),
+    "mix": (["mix=math_mx"], "Did you mean 'math_mix'?"),
+    "mix without its file": (["mix=math_14k"], "mix.file=path/to/math_14k.json"),
+    "key of the world": (["data.world.hop=2"], "Did you mean 'data.world.hops'?"),
+    "text of forgetting": (["forgetting=not_there.txt"], "forgetting='not_there.txt'"),
     "number": (["train.lr=fast"], "train.lr='fast': expected a number"),
     "no value": (["train.steps="], "train.steps=''"),
     "syntax": (["train.lr=["], "cannot read 'train.lr=['"),
@@ -116,6 +122,8 @@ def test_traceback_on_request(tmp_path):
 def test_help_lists_every_choice(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
+    for name in (*tasks.names(), *tasks.suites()):
+        assert re.search(rf"\b{name}\b", text), f"task={name} is not in --help"
     for group, choices in groups().items():
         assert group in text
         for choice in choices:
@@ -164,7 +172,7 @@ def test_a_run_is_found_again(tmp_path):
     again = moabench(*SMALL, cwd=tmp_path)
     assert again.returncode == 0 and again.stderr == ""
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "lock"} == before
-    table = re.compile(r"arc_easy@builtin +\d.*")
+    table = re.compile(r"arc_easy +\d.*")
     assert table.search(first.stdout).group() == table.search(again.stdout).group()
     assert os.listdir(tmp_path) == ["runs"], "nothing beside the run folders"
 

@@ -8,10 +8,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from moabench.benchmarks import config, tasks
-from moabench.benchmarks.config import CONF, RunConfig, groups, run_hash
+from moabench.benchmarks.config import CONF, RunConfig, TaskConfig, groups, run_hash
 from moabench.methods.spec import ConfigError
 
-NEEDS = {("data", "local"): ["data.root=somewhere"]}
+NEEDS = {("data", "local"): ["data.root=somewhere"]} | {
+    ("mix", name): ["mix.file=somewhere"] for name in ("commonsense_15k", "commonsense_170k", "math_10k", "math_14k")
+}
 """What a choice cannot do without."""
 
 
@@ -29,13 +31,13 @@ CHOICES = [(group, choice) for group, choices in groups().items() for choice in 
 def test_every_choice_composes_and_validates(group, choice):
     cfg = composed(f"{group}={choice}", *NEEDS.get((group, choice), []))
     assert len(run_hash(cfg)) == 64
-    if group in ("method", "model", "task", "budget"):
+    if group in ("method", "model", "mix", "budget"):
         part = getattr(cfg, group)
         assert (part["name"] if group == "method" else part.name) == choice, "the name inside a file is the file's"
 
 
 def test_every_group_has_choices():
-    assert {"method", "model", "task", "data", "train", "budget", "logger"} <= groups().keys()
+    assert {"method", "model", "data", "mix", "train", "budget", "logger"} <= groups().keys()
 
 
 def test_defaults_are_the_documented_ones():
@@ -44,9 +46,13 @@ def test_defaults_are_the_documented_ones():
     assert (cfg.logger.kind, cfg.logger.mode, cfg.runs_dir, cfg.seed) == ("wandb", "offline", "runs", 0)
 
 
-@pytest.mark.parametrize("name", tasks.names())
-def test_every_task_can_be_chosen(name):
-    assert name in {task for choice in groups()["task"] for task in composed(f"task={choice}").task.eval}
+@pytest.mark.parametrize("name", [*tasks.names(), *tasks.suites()])
+def test_every_task_and_suite_can_be_chosen(name):
+    assert composed(f"task={name}").task == TaskConfig(name, tasks.suites().get(name, (name,)))
+
+
+def test_a_list_of_tasks_is_one_run():
+    assert composed("task=[arc,gsm8k,arc_easy]").task == TaskConfig("arc+gsm8k+arc_easy", ("arc_easy", "arc_challenge", "gsm8k"))
 
 
 @pytest.mark.parametrize("method", groups()["method"])
@@ -89,8 +95,18 @@ def test_a_model_by_its_path():
         (["train.batch_size=2.5"], "train.batch_size=2.5"),
         (["train.schedule=cosin"], "Did you mean 'cosine'?"),
         (["train.steps=3", "train.epochs=1"], "expected exactly one of the two"),
-        (["task.eval=[arc_esy]"], "Did you mean 'arc_easy'?"),
-        (["task.train=[]"], "at least one task"),
+        (["task=arc_esy"], "Did you mean 'arc_easy'?"),
+        (["task=[arc,gms8k]"], "Did you mean 'gsm8k'?"),
+        (["task=[]"], "expected a task, a suite"),
+        (["protocol=lable"], "Did you mean 'label'?"),
+        (["leakage=dorp"], "Did you mean 'drop'?"),
+        (["train.loss=all"], "expected one of response, whole"),
+        (["data.world.hops=0"], "hops=0"),
+        (["data.world.conflict=1.5"], "conflict=1.5"),
+        (["data=local", "data.root=x", "++data.world.hops=1"], "only data=builtin has these dials"),
+        (["data=hub", "++data.revisions={bolq: abc}"], "Did you mean 'boolq'?"),
+        (["mix=own", "++mix.parts.gms8k.cap=3"], "Did you mean 'gsm8k'?"),
+        (["++mix.parts.gsm8k.weight=-1"], "parts.gsm8k.weight=-1"),
         (["data.source=local"], "data=local expects a folder"),
         (["data=builtin", "++data.root=x"], "only data=local reads a folder"),
         (["device=gpu"], "device='gpu': expected auto, cpu"),
@@ -132,6 +148,13 @@ def test_hash_ignores_what_cannot_change_the_result(override):
         "method.router.gamma_max=0.4",
         "train.lr=1e-3",
         "task=addsub",
+        "task=[arc,addsub]",
+        "protocol=label",
+        "leakage=mark",
+        "forgetting=none",
+        "train.loss=whole",
+        "data.world.conflict=0.5",
+        "mix=math_mix",
         "data.eval_limit=9",
         "device=cpu",
         "model.dtype=bfloat16",
@@ -164,7 +187,7 @@ def test_config_survives_its_own_file(tmp_path):
 LIGHT = (
     "methods", "methods.spec", "methods.catalog", "benchmarks", "benchmarks.cli", "benchmarks.config", "benchmarks.overrides",
     "benchmarks.files", "benchmarks.runs", "benchmarks.environment", "benchmarks.summary", "benchmarks.loggers", "benchmarks.experiment",
-    "benchmarks.model", "benchmarks.data",
+    "benchmarks.model", "benchmarks.data", "benchmarks.mixes", "benchmarks.leakage", "benchmarks.world",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "lm_eval", "wandb", "pandas", "datasets", "accelerate")
 
@@ -183,7 +206,7 @@ for name in {LIGHT}:
 
 
 def test_groups_come_from_folders(tmp_path, monkeypatch):
-    (tmp_path / "task").mkdir()
-    (tmp_path / "task" / "new.yaml").write_text("name: new\n")
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix" / "new.yaml").write_text("name: new\n")
     monkeypatch.setattr(config, "CONF", tmp_path)
-    assert config.groups() == {"task": ["new"]}
+    assert config.groups() == {"mix": ["new"]}

@@ -66,7 +66,7 @@ def test_the_record_is_complete(tmp_path):
     outcome = experiment.run(config(tmp_path))
     metrics = read_json(outcome.folder / "metrics.json")
     assert outcome.ran and outcome.metrics == metrics
-    for task in ("arc_easy@builtin", "arc_challenge@builtin"):
+    for task in ("arc_easy@builtin:loglikelihood", "arc_challenge@builtin:loglikelihood"):
         assert {
             f"{part}/{task}/{name}" for part in ("eval", "base") for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
         } <= metrics.keys()
@@ -86,6 +86,68 @@ def test_accuracy_agrees_with_the_samples(tmp_path):
     samples = pd.read_parquet(outcome.folder / "samples.parquet")
     for task, rows in samples.groupby("task"):
         assert rows["correct"].mean() == pytest.approx(outcome.metrics[f"eval/{task}/acc"])
+
+
+@pytest.mark.parametrize(("protocol", "template", "extraction"), [("label", "letters", None), ("generate", "llm_adapters", "choice_word")])
+def test_the_way_of_asking_is_part_of_the_result(tmp_path, protocol, template, extraction):
+    outcome = experiment.run(config(tmp_path, "method=lora", "task=arc_easy", f"protocol={protocol}", "train.loss=whole"))
+    title = f"arc_easy@builtin:{protocol}"
+    names = {"protocol": protocol, "template": template, "extraction": extraction, "loss": "whole", "split": "test", "version": 1}
+    assert read_json(outcome.folder / "protocol.json") == {title: names}
+    assert {f"eval/{title}/acc", f"base/{title}/acc"} <= outcome.metrics.keys()
+    assert set(pd.read_parquet(outcome.folder / "samples.parquet")["task"]) == {title}
+
+
+@pytest.fixture
+def leaky(tmp_path):
+    """A folder of questions of which two training rows are test rows, one of them in other letters."""
+    folder = tmp_path / "data" / "arc_easy"
+    folder.mkdir(parents=True)
+    words = [a + b for a in ("amber", "bison", "cedar", "dune", "ember") for b in ("wick", "ford", "ley", "holm")]
+    made = [
+        {"question": f"What is {w} near the {v}?", "choices": [w, v, "none"], "label": 0} for w, v in zip(words, words[5:], strict=False)
+    ]
+    test = made[:6]
+    train = [*made[6:], test[0], test[1] | {"question": test[1]["question"].upper()}]
+    for split, rows in (("train", train), ("test", test)):
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder.parent
+
+
+@pytest.mark.parametrize(("mode", "rows"), [("drop", 9), ("mark", 11)])
+def test_leaked_rows_are_recorded(tmp_path, leaky, mode, rows):
+    made = config(tmp_path, "method=lora", "task=arc_easy", "data=local", f"data.root={leaky}", f"leakage={mode}", "data.train_limit=null")
+    outcome = experiment.run(made)
+    record = read_json(outcome.folder / "leakage.json")
+    assert (record["mode"], record["leaked"], [m["kind"] for m in record["matches"]]) == (mode, 2, ["exact", "exact"])
+    assert (outcome.metrics["leakage/rows"], outcome.metrics["train/rows"]) == (2, rows)
+    assert read_json(outcome.folder / "data.json")["rows"] == rows
+
+
+def test_leaked_rows_can_stop_a_run(tmp_path, leaky):
+    with pytest.raises(ConfigError, match="2 of 11 training rows are evaluation rows"):
+        experiment.run(config(tmp_path / "runs", "method=lora", "task=arc_easy", "data=local", f"data.root={leaky}", "leakage=refuse"))
+    assert not find(tmp_path / "runs"), "nothing is left behind"
+
+
+def test_what_was_forgotten_is_measured(tmp_path):
+    text = tmp_path / "held_out.txt"
+    text.write_text("A hare runs over the hill.\nThe pump stands in the barn.\n")
+    metrics = experiment.run(config(tmp_path, "method=lora", f"forgetting={text}", "train.lr=1e-2")).metrics
+    assert metrics["forgetting/change"] == pytest.approx(metrics["forgetting/loss"] - metrics["forgetting/before"])
+    assert metrics["forgetting/change"] != 0 and metrics["forgetting/tokens"] > 10
+    frozen = experiment.run(config(tmp_path, "method=none", f"forgetting={text}")).metrics
+    assert frozen["forgetting/change"] == 0 and frozen["forgetting/loss"] == metrics["forgetting/before"]
+    assert "forgetting/loss" not in experiment.run(config(tmp_path, "method=lora", "forgetting=none")).metrics
+
+
+def test_the_oracle_is_told_the_skill_in_training_and_evaluation(tmp_path):
+    outcome = experiment.run(config(tmp_path, "method=molora_oracle", "method.experts.n=4", "task=conflict"))
+    samples = pd.read_parquet(outcome.folder / "samples.parquet")
+    assert set(samples["skill"]) == {f"convention:{k}" for k in (1, 2, 3, 4)}
+    routing = pd.read_parquet(outcome.folder / "routing.parquet").query("split == 'test'")
+    load = routing.groupby(["task", "expert"])["share"].mean().unstack()  # each task is one convention, and has one expert
+    assert ((load == 0) | (load == 1)).all().all() and (load.sum(0) == 1).all()
 
 
 def test_the_environment_names_no_place(tmp_path):
@@ -137,7 +199,7 @@ def test_the_frozen_base_as_a_method(tmp_path, calls):
     outcome = experiment.run(config(tmp_path, "method=none"))
     assert calls == ["evaluate"]
     assert outcome.metrics["params/trainable"] == 0
-    assert outcome.metrics["eval/arc_easy@builtin/acc"] == outcome.metrics["base/arc_easy@builtin/acc"]
+    assert outcome.metrics["eval/arc_easy@builtin:loglikelihood/acc"] == outcome.metrics["base/arc_easy@builtin:loglikelihood/acc"]
     assert len(pd.read_parquet(outcome.folder / "samples.parquet")) == 12
     assert not (outcome.folder / "adapter").exists()
 

@@ -4,13 +4,14 @@ pytest tests/benchmarks/test_training.py
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from moabench.benchmarks import batches, tasks
+from moabench.benchmarks import batches, tasks, training
 from moabench.benchmarks.data import load_rows
 from moabench.benchmarks.evaluation import evaluate
 from moabench.benchmarks.trainer import MixtureTrainer, answer_nll
@@ -22,7 +23,7 @@ METHODS = ["full", "lora", "moe_lora_topk", "moa_sparse", "mixlora", "moa_instan
 
 
 def rows(cfg):
-    return [row for task in cfg.task.train for row in load_rows(task, "train", cfg.data)]
+    return [row for task in cfg.task.eval for row in load_rows(task, "train", cfg.data)]
 
 
 def trainable(model):
@@ -177,9 +178,9 @@ def test_the_loss_is_that_of_the_answer_tokens_and_the_end(llama, tokenizer, con
     """Against transformers' own loss, from labels that are -100 on the prompt."""
     row = rows(config())[0]
     (example,), cut = encode_rows(tokenizer, [row], config(max_length=256))
-    task = tasks.get("arc_easy")
-    assert tokenizer.decode(example.ids[example.start :]) == task.answer(row) + "</s>"
-    assert tokenizer.decode(example.ids[: example.start]) == task.prompt(row)
+    form = tasks.get("arc_easy").form("loglikelihood")
+    assert tokenizer.decode(example.ids[example.start :]) == form.answer(row) + "</s>"
+    assert tokenizer.decode(example.ids[: example.start]) == form.prompt(row)
     assert cut == 0
     batch = batches.collate([example], 2)
     labels = torch.tensor([[-100] * example.start + example.ids[example.start :]])
@@ -188,6 +189,32 @@ def test_the_loss_is_that_of_the_answer_tokens_and_the_end(llama, tokenizer, con
     logits = batches.forward(llama, batch, batch["kept"])
     found = answer_nll(logits, labels[:, -batch["kept"] :]) / (len(example.ids) - example.start)
     torch.testing.assert_close(found, expected)
+
+
+def test_the_loss_of_whole_sequences(llama, tokenizer, config):
+    """loss=whole: transformers' own loss over every token; the prompt stays marked as one."""
+    examples, _ = encode_rows(tokenizer, rows(config())[:5], config())
+    batch, response = (training._collate(examples, 2, loss) for loss in ("whole", "response"))
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    assert torch.equal(batch["labels"], labels) and torch.equal(batch["prompt_mask"], response["prompt_mask"])
+    assert torch.equal(response["labels"], labels.masked_fill(batch["prompt_mask"], -100))
+    expected = llama(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+    found = answer_nll(batches.forward(llama, batch, batch["kept"]), labels[:, -batch["kept"] :]) / (labels[:, 1:] != -100).sum()
+    torch.testing.assert_close(found, expected)
+
+
+def test_training_rows_carry_the_number_of_their_skill(tokenizer, config):
+    given = [dict(row, skill=skill) for row, skill in zip(rows(config()), ("b", "a", None, "c"), strict=False)]
+    examples, _ = encode_rows(tokenizer, given, config(), skills=("a", "b"))
+    assert [example.skill for example in examples] == [1, 0, -1, -1]
+
+
+@pytest.mark.parametrize("protocol", tasks.PROTOCOLS)
+def test_rows_are_trained_in_the_form_in_which_they_are_evaluated(tokenizer, config, protocol):
+    row = rows(config())[0]
+    (example,), _ = encode_rows(tokenizer, [row], replace(config(max_length=4096), protocol=protocol))
+    form = tasks.get(row["task"]).form(protocol)
+    assert tokenizer.decode(example.ids) == form.prompt(row) + form.answer(row) + "</s>"
 
 
 def test_padding_changes_no_loss(llama, tokenizer, config):
@@ -291,7 +318,7 @@ def test_training_load_covers_every_site_and_token(attached, tokenizer, config, 
     with torch.no_grad(), record(model) as rec:
         model(input_ids=torch.tensor([[5, 6, 7]]))
     assert {r["site"] for r in result.routing} == set(rec.routing)
-    assert {(r["split"], r["task"]) for r in result.routing} == {("train", "arc_easy@local+arc_challenge@local")}
+    assert {(r["split"], r["task"]) for r in result.routing} == {("train", "own@local")}
     assert {r["tokens"] for r in result.routing} == {result.metrics["train/tokens"]}
     assert result.metrics["load/train_mean_active"] == pytest.approx(2)
     assert result.history[0]["load/mean_active"] == pytest.approx(2)
