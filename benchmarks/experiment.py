@@ -159,6 +159,8 @@ def _protocols(cfg: RunConfig) -> dict[str, Any]:
         task = tasks.get(name)
         form = task.form(cfg.protocol)
         about = {"loss": cfg.train.loss, "split": task.split, "version": task.facts["version"]}
+        if form.extraction:
+            about["max_new_tokens"] = task.tokens(cfg.data.source)
         found[tasks.title(name, cfg.data.source, form.protocol)] = form.names | about
     return found
 

@@ -11,7 +11,7 @@ that a task does not give is that of the included file:
     instruction  generate: what is asked, in the words of LLM-Adapters (template with the row's keys and those of `formats.Instruction`)
     words        generate: how the choices are called, one stem that is numbered from 1 or a list
     extraction   generate: choice_word, number or letter (`extraction.py`)
-    tokens       generate: how many at most
+    tokens       generate: how many at most; builtin_tokens: with data=builtin, whose answers are shorter
     local        folder of the task under data.root
     hub          public data set: path, name, revision (a commit), reader (`benchmarks/hub.py`), splits (the labelled
                  ones; a mapping where the hub calls them otherwise)
@@ -82,6 +82,11 @@ class Task:
         if protocol and self.kind == "number" and source != "builtin" and self._protocol(protocol) != "generate":
             return f"its rows have a free answer and no choices, and {protocol} compares choices; expected protocol=generate or native"
         return None
+
+    def tokens(self, source: str) -> int:
+        """Most tokens of a generated answer."""
+        own = self.facts.get("builtin_tokens") if source == "builtin" else None
+        return own or self.facts["tokens"]
 
     def form(self, protocol: str = "native", template: str | None = None) -> Form:
         """How a row becomes text under `protocol`. `template`: another layout of the instruction (`formats.TEMPLATES`)."""

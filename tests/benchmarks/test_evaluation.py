@@ -1,4 +1,5 @@
-"""Evaluation against its invariants: batch size, repetition, lm-eval's own requests, what it leaves untouched, and counts by hand.
+"""Evaluation against its invariants (batch size, repetition, what it leaves untouched), against a loop over choices without a cache,
+against lm-eval's own requests and metrics, and counts by hand.
 
 pytest tests/benchmarks/test_evaluation.py
 """
@@ -11,13 +12,17 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from moabench.benchmarks import tasks
+from moabench.benchmarks import batches, files, scoring, tasks
+from moabench.benchmarks.config import DataConfig
 from moabench.benchmarks.data import load_rows
 from moabench.benchmarks.evaluation import MaskedLM, evaluate, load_tasks
-from moabench.methods import capture_routing
+from moabench.methods import capture_routing, catalog
+from moabench.methods.spec import ConfigError
 
 METHODS = ["none", "lora", "moe_lora_topk", "moa_sparse", "mixlora", "moa_instance"]
 """One of each kind: no adapter, no router, token routers at linears, blocks and FFNs, a router that pools over the sequence."""
+ADAPTERS = [name for name in catalog.names() if catalog.parse(catalog.raw(name)).tuner in ("mixture", "peft")]
+SKILLS = ("none", "other")
 
 
 def requests(config):
@@ -27,6 +32,82 @@ def requests(config):
         task.build_all_requests(rank=0, world_size=1)
         found += task.instances
     return found
+
+
+def alone(model, example):
+    """Log-likelihood of one example's answer by one plain call: no batch, no padding, no cache."""
+    ids = torch.tensor([example.ids])
+    facts = {"prompt_mask": torch.arange(ids.shape[1] - 1)[None] < example.start, "skill_ids": torch.tensor([example.skill])}
+    facts = {key: value for key, value in facts.items() if getattr(model, f"accepts_{key}", False)}
+    with torch.no_grad():
+        scores = model(input_ids=ids[:, :-1], use_cache=False, **facts).logits[0].log_softmax(-1)
+    return sum(scores[i - 1, example.ids[i]].item() for i in range(example.start, len(example.ids)))
+
+
+def questions_of(rng, count=8):
+    """Examples of `count` questions: long and short prompts, 2 to 5 answers of 1 to 9 tokens, an answer that comes twice."""
+    found = []
+    for number in range(count):
+        prompt = [rng.randrange(3, 300) for _ in range(rng.choice([1, 2, 5, 12, 30, 45]))]
+        answers = [[rng.randrange(3, 300) for _ in range(rng.choice([1, 1, 2, 4, 9]))] for _ in range(rng.randint(2, 5))]
+        found += [batches.Example(prompt + answer, len(prompt), number % 2) for answer in [*answers, answers[0]]]
+    return found
+
+
+@pytest.mark.parametrize("name", ["none", *ADAPTERS])
+def test_shared_prompts_change_no_log_likelihood(name, attached, monkeypatch):
+    """Every method, batches of 1 and 64, prompts shared always, by the rule, or never; against one plain call an answer."""
+    model, examples = attached(name).eval(), questions_of(random.Random(3))
+    want = torch.tensor([alone(model, e) for e in examples])
+    rule = scoring.Question.shares
+    ways = {"always": lambda q: len(q.rows) > 1, "rule": rule, "never": lambda q: False}
+    assert 0 < sum(rule(q) for q in grouped(examples)) < len(grouped(examples)), "the rule takes both ways here"
+    for way, shares in ways.items():
+        monkeypatch.setattr(scoring.Question, "shares", shares)
+        for size in (1, 64):
+            got = torch.tensor([ll for ll, _ in scoring.log_likelihoods(model, examples, 2, size)])
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-6, msg=lambda m, way=way, size=size: f"{way}, batch {size}: {m}")
+
+
+def grouped(examples):
+    questions = {}
+    for i, e in enumerate(examples):
+        question = questions.setdefault(tuple(e.ids[: e.start]), scoring.Question(e.ids[: e.start], e.skill))
+        question.rows.setdefault(tuple(e.ids[e.start : -1]), []).append(i)
+    return list(questions.values())
+
+
+def test_a_router_that_reads_ahead_reads_whole_texts(llama, monkeypatch):
+    """official_mean pools over the answer too: a cache of the prompt cannot serve it."""
+    from moabench import methods
+
+    torch.manual_seed(0)
+    model = methods.attach(llama, catalog.override(catalog.raw("moa_instance"), {"router.pool": "official_mean"})).eval()
+    assert scoring.reads_ahead(model)
+    monkeypatch.setattr(scoring.Question, "shares", lambda q: True)
+    examples = questions_of(random.Random(3), count=3)
+    got = [ll for ll, _ in scoring.log_likelihoods(model, examples, 2, 1)]
+    torch.testing.assert_close(torch.tensor(got), torch.tensor([alone(model, e) for e in examples]), atol=1e-5, rtol=1e-6)
+
+
+def test_sharing_reads_each_prompt_once(llama, monkeypatch):
+    """Tokens that the model is given: the prompt once, and each answer but its last token."""
+    monkeypatch.setattr(scoring.Question, "shares", lambda q: True)
+    seen = []
+    hook = llama.register_forward_pre_hook(lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    prompt = list(range(3, 43))
+    scoring.log_likelihoods(llama, [batches.Example(prompt + answer, 40) for answer in ([50, 51, 52], [60, 61, 62], [70])], 2, 8)
+    hook.remove()
+    assert seen == [(1, 40), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers", "shares"), [(40, [3, 3, 3, 3], True), (3, [9, 9], False), (20, [60, 2], False), (40, [0], False)]
+)
+def test_the_rule_compares_tokens(prompt, answers, shares):
+    """answers: how many tokens of each are read, all but its last. One row of no token answers every choice of one token."""
+    rows = {tuple([i] * length): [i] for i, length in enumerate(answers)}
+    assert scoring.Question(list(range(prompt)), -1, rows).shares() == shares
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -123,15 +204,15 @@ def test_metrics_are_the_means_of_the_samples_and_carry_their_source(llama, toke
     assert result.routing == []
     assert result.metrics.pop("eval/cut_requests") == 0
     assert set(result.metrics) == {
-        f"eval/{t}@local/{m}" for t in cfg.task.eval for m in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+        f"eval/{t}@local:loglikelihood/{m}" for t in cfg.task.eval for m in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
     }
     for task in cfg.task.eval:
-        samples = [s for s in result.samples if s["task"] == f"{task}@local"]
+        samples = [s for s in result.samples if s["task"] == f"{task}@local:loglikelihood"]
         assert len(samples) == 24
         for key, metric in (("correct", "acc"), ("correct_norm", "acc_norm")):
             hits = np.array([s[key] for s in samples], dtype=float)
-            assert result.metrics[f"eval/{task}@local/{metric}"] == pytest.approx(hits.mean())
-            assert result.metrics[f"eval/{task}@local/{metric}_stderr"] == pytest.approx(hits.std(ddof=1) / len(hits) ** 0.5)
+            assert result.metrics[f"eval/{task}@local:loglikelihood/{metric}"] == pytest.approx(hits.mean())
+            assert result.metrics[f"eval/{task}@local:loglikelihood/{metric}_stderr"] == pytest.approx(hits.std(ddof=1) / len(hits) ** 0.5)
         for sample, row in zip(samples, load_rows(task, "test", cfg.data), strict=True):
             assert (sample["doc_id"], sample["choices"], sample["label"]) == (row["id"], row["choices"], row["label"])
             assert sample["split"] == "test" and sample["skill"] == "none"
@@ -146,11 +227,11 @@ def test_expert_load_counts_each_real_token_of_question_and_answer_once(attached
     for name in cfg.task.eval:
         rows, counts, tokens = load_rows(name, "test", cfg.data), 0, 0
         for row in rows:  # one by one: no padding
-            task = tasks.get(name)
-            ids = tokenizer(task.prompt(row) + task.answer(row), return_tensors="pt")["input_ids"]
+            form = tasks.get(name).form()
+            ids = tokenizer(form.prompt(row) + form.answer(row), return_tensors="pt")["input_ids"]
             site, routing = next(iter(capture_routing(model, {"input_ids": ids}).items()))
             counts, tokens = counts + routing.selected.sum(0), tokens + ids.shape[1]
-        found = [r for r in result.routing if r["task"] == f"{name}@local" and r["site"] == site]
+        found = [r for r in result.routing if r["task"] == f"{name}@local:loglikelihood" and r["site"] == site]
         assert [r["assignments"] for r in found] == counts.tolist()
         assert {(r["tokens"], r["split"], r["unit"]) for r in found} == {(tokens, "test", "token")}
         assert sum(r["share"] for r in found) == pytest.approx(1)
@@ -165,22 +246,127 @@ def test_a_sequence_router_is_counted_by_sequences_and_a_soft_one_reports_no_ass
     assert "load/effective_experts" in result.metrics
 
 
-@pytest.mark.parametrize("name", ["arc_easy", "arc_challenge"])
-def test_requests_follow_lm_evals_own_arc_files(name, config):
-    """Prompt and choices rendered from lm-eval's ARC templates, on a document in the public form."""
-    from pathlib import Path
+NATIVE = [name for name in tasks.names() if tasks.get(name).native == "loglikelihood" and not tasks.get(name).unavailable("builtin")]
 
-    import lm_eval
-    from lm_eval.tasks._yaml_loader import load_yaml
-    from lm_eval.utils import apply_template
 
-    theirs = load_yaml(Path(lm_eval.__file__).parent / "tasks" / "arc" / f"{name}.yaml", resolve_func=False)
-    task, row = tasks.get(name), load_rows(name, "test", config().data)[0]
-    letters = "ABCDE"[: len(row["choices"])]
-    public = {"question": row["question"], "choices": {"text": row["choices"], "label": list(letters)}, "answerKey": letters[row["label"]]}
-    ours = load_tasks((name,), config().data)[name]
-    assert ours.doc_to_text(row) == task.prompt(row) == apply_template(theirs["doc_to_text"], public)
-    assert ours.doc_to_choice(row) == row["choices"]
-    assert str(ours.doc_to_target(row)) == apply_template(theirs["doc_to_target"], public)
-    assert [m["metric"] for m in theirs["metric_list"]] == [m["metric"] for m in task.config["metric_list"]]
-    assert task.answer(row) == ours.config.target_delimiter + row["choices"][row["label"]]
+@pytest.mark.parametrize("name", NATIVE)
+def test_requests_and_scores_equal_those_of_the_task_file_in_plain_lm_eval(name):
+    """Our task object against the one that lm-eval builds from the YAML alone, with random log-likelihoods."""
+    from lm_eval.tasks import TaskManager
+
+    ours = load_tasks((name,), DataConfig("builtin", eval_limit=20))[name]
+    manager = TaskManager(include_path=str(tasks.FOLDER), include_defaults=False, metadata={"source": "builtin", "eval_limit": 20})
+    theirs = manager.load([name])["tasks"][name]
+    asked = []
+    for task in (ours, theirs):
+        task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(0)
+        task.build_all_requests(rank=0, world_size=1)
+        asked.append([(r.doc_id, r.idx, r.args) for r in task.instances])
+    assert asked[0] == asked[1]
+    rng = random.Random(0)
+    for mine, other in zip(ours.eval_docs, theirs.eval_docs, strict=True):
+        results = [(-rng.random() * 9, False) for _ in ours.form.requests(mine)]
+        want, got = theirs.process_results(other, results), ours.process_results(mine, results)
+        assert {key: got[key] for key in want} == want
+
+
+PROTOCOLS = {"loglikelihood": ("acc", "acc_norm"), "label": ("acc",), "generate": ("acc", "acc_strict")}
+COLUMNS = """task protocol template extraction split doc_id question context choices label answer prediction prediction_norm
+prediction_strict response extracted extracted_strict loglikelihoods correct correct_norm correct_strict skill domain"""
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_protocol_has_its_metrics_and_one_schema(protocol, attached, tokenizer, config, tmp_path):
+    cfg = config()
+    object.__setattr__(cfg, "protocol", protocol)
+    result = evaluate(attached("molora_oracle"), tokenizer, ("arc_easy", "arc_challenge"), cfg, progress=False, skills=SKILLS)
+    title = f"arc_easy@local:{protocol}"
+    found = {key for key in result.metrics if key.startswith(f"eval/{title}/")}
+    assert found == {f"eval/{title}/{name}{end}" for name in PROTOCOLS[protocol] for end in ("", "_stderr")}
+    samples = [s for s in result.samples if s["task"] == title]
+    assert len(samples) == 24 and all(set(s) == set(COLUMNS.split()) for s in samples)
+    for column, metric in {"correct": "acc", "correct_norm": "acc_norm", "correct_strict": "acc_strict"}.items():
+        values = [s[column] for s in samples]
+        if metric in PROTOCOLS[protocol]:
+            assert result.metrics[f"eval/{title}/{metric}"] == pytest.approx(np.mean(values))
+        else:
+            assert set(values) == {None}
+    assert {s["split"] for s in samples} == {r["split"] for r in result.routing} == {"test"}
+    files.write_parquet(tmp_path / "samples.parquet", result.samples)
+
+
+def test_letters_are_scored_as_letters(llama, tokenizer, config):
+    cfg = config()
+    object.__setattr__(cfg, "protocol", "label")
+    row = load_rows("arc_easy", "test", cfg.data)[0]
+    sample = evaluate(llama, tokenizer, ("arc_easy",), cfg, progress=False).samples[0]
+    prompt = tasks.get("arc_easy").form("label").prompt(row)
+    pairs = [(prompt, f" {letter}") for letter in "ABCDE"[: len(row["choices"])]]
+    want = [alone(llama, e) for e in batches.encode(tokenizer, pairs)]
+    torch.testing.assert_close(torch.tensor(sample["loglikelihoods"]), torch.tensor(want), atol=1e-5, rtol=1e-6)
+    assert sample["prediction"] == int(np.argmax(want)) and sample["correct"] == (sample["prediction"] == row["label"])
+
+
+class Answers(MaskedLM):
+    """A model that says what it is told."""
+
+    def generate_until(self, requests, disable_tqdm=False):
+        said = [
+            "the correct answer is {right}.",
+            "answer1 or answer2",
+            "no idea",
+            "The correct answer is {wrong}. the correct answer is {right}",
+        ]
+        found = []
+        for i, request in enumerate(requests):
+            words = [f"answer{k + 1}" for k in range(len(request.doc["choices"]))]
+            right = words[request.doc["label"]]
+            found.append(said[i % 4].format(right=right, wrong=next(w for w in words if w != right)))
+        return found
+
+
+def test_generated_answers_are_read_twice(llama, tokenizer, config, monkeypatch):
+    monkeypatch.setattr("moabench.benchmarks.evaluation.MaskedLM", Answers)
+    cfg = config()
+    object.__setattr__(cfg, "protocol", "generate")
+    samples = evaluate(llama, tokenizer, ("arc_easy",), cfg, progress=False).samples
+    for i, sample in enumerate(samples):
+        word = f"answer{sample['label'] + 1}"
+        if i % 4 == 0:
+            assert (sample["extracted"], sample["extracted_strict"]) == (word, word)
+            assert sample["prediction"] == sample["prediction_strict"] == sample["label"]
+            assert sample["correct"] and sample["correct_strict"]
+        elif i % 4 == 1:
+            assert (sample["extracted"], sample["extracted_strict"], sample["prediction"]) == ("answer1", None, 0)
+            assert sample["correct"] == (sample["label"] == 0) and not sample["correct_strict"]
+        elif i % 4 == 2:
+            assert sample["extracted"] is sample["prediction"] is sample["extracted_strict"] is None and not sample["correct"]
+        else:
+            assert not sample["correct"] and not sample["correct_strict"] and sample["prediction"] != sample["label"]
+
+
+def test_the_true_skill_reaches_the_model(attached, tokenizer, config):
+    """The oracle routes by it: other numbers, other log-likelihoods; a skill that is not named is refused by the oracle."""
+    model, cfg = attached("molora_oracle").eval(), config()
+
+    def scores(skills):
+        return [s["loglikelihoods"] for s in evaluate(model, tokenizer, ("arc_easy",), cfg, progress=False, skills=skills).samples]
+
+    assert scores(("none", "other")) == scores(("none",)) != scores(("other", "none"))
+    with pytest.raises(ConfigError, match="skill_ids"):
+        scores(("other",))
+
+
+def test_a_protocol_that_a_source_cannot_serve_is_refused(llama, tokenizer, config):
+    cfg = config()
+    object.__setattr__(cfg, "protocol", "label")
+    with pytest.raises(ConfigError, match=r"gsm8k.*no choices"):
+        evaluate(llama, tokenizer, ("gsm8k",), cfg, progress=False)
+
+
+def test_generation_leaves_room_and_counts_cut_prompts(llama, tokenizer):
+    lm = MaskedLM(llama, tokenizer, 4, False)
+    text = "red fox " * 200
+    asked = [Instance("generate_until", {}, (prompt, {"until": [], "max_gen_toks": 5}), 0) for prompt in (text, "The red fox")]
+    assert len(lm.generate_until(asked)) == 2 and lm.cut == 1

@@ -93,6 +93,7 @@ def test_the_way_of_asking_is_part_of_the_result(tmp_path, protocol, template, e
     outcome = experiment.run(config(tmp_path, "method=lora", "task=arc_easy", f"protocol={protocol}", "train.loss=whole"))
     title = f"arc_easy@builtin:{protocol}"
     names = {"protocol": protocol, "template": template, "extraction": extraction, "loss": "whole", "split": "test", "version": 1}
+    names |= {"max_new_tokens": 32} if extraction else {}
     assert read_json(outcome.folder / "protocol.json") == {title: names}
     assert {f"eval/{title}/acc", f"base/{title}/acc"} <= outcome.metrics.keys()
     assert set(pd.read_parquet(outcome.folder / "samples.parquet")["task"]) == {title}
