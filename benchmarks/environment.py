@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks import tasks
+from moabench.benchmarks import forgetting, tasks
 from moabench.benchmarks.config import ModelConfig, RunConfig, digest
 
 PACKAGES = (
@@ -74,6 +74,8 @@ def inputs(cfg: RunConfig) -> dict[str, Any]:
     found = {"model": model_fingerprint(cfg.model), "evaluation": evaluation_fingerprints(cfg)}
     if cfg.parsed_method.tuner != "none":
         found["training"] = training_fingerprint(cfg)
+    if cfg.forgetting not in ("auto", "none"):
+        found["held_out"] = digest(forgetting.held_out_texts(cfg))[:16]
     return found
 
 

@@ -1,16 +1,21 @@
 """The pre-training corpus: short paragraphs that state every fact of the world, and never ask for one.
 
-Three sorts of paragraph: about an entity (its kind, own facts, and the inherited facts that are `told`), about a kind (all
-that it passes on), and arithmetic stories with plain sums.
+Paragraphs about an entity (its kind, own facts, and the inherited facts that are `told`) and about a kind (all that it passes on) are
+written here; every family in `forms/` that needs other knowledge writes its own share.
 """
 
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Iterator
 
 from .facts import Domain, Entity, World
-from .stories import story
+from .forms import shares
+from .text import KIND_FORMS, sentences
+
+HELD_OUT = 25
+"""One of this many paragraphs is kept out of the corpus, by its text."""
 
 TOLD_FORMS = (
     "being a {kind}, {clause}",
@@ -18,23 +23,30 @@ TOLD_FORMS = (
     "{clause}, as any {kind} does",
     "as a {kind}, {clause}",
 )
-KIND_FORMS = ("{s} is a {kind}", "{s} is one kind of {kind}", "{s} belongs to the {kind} family")
 KIND_SUBJECTS = ("every {kind}", "a {kind}", "each {kind}")
 
 
-def documents(world: World) -> Iterator[str]:
-    """The corpus of `world`, paragraph by paragraph, without line breaks."""
-    rng = random.Random(f"corpus-{world.seed}")
-    config = world.config
-    kinds = [(domain, kind) for domain in world.domains.values() for kind in domain.kinds]
-    for _ in range(config.documents):
-        draw = rng.random()
-        if draw < config.story_documents:
-            yield story(rng, config.max_number)
-        elif draw < config.story_documents + config.kind_documents:
-            yield _about_kind(world, *rng.choice(kinds), rng)
-        else:
-            yield _about_entity(world, rng.choice(world.entities), rng)
+def documents(world: World, heldout: bool = False) -> Iterator[str]:
+    """The corpus of `world`, paragraph by paragraph. A hash of its text says whether a paragraph belongs to the corpus or is held out, so
+    that the two can share none."""
+    rng = random.Random(f"{'heldout' if heldout else 'corpus'}-{world.seed}")
+    for _ in range(world.config.documents):
+        paragraph = _paragraph(world, rng)
+        while (zlib.crc32(paragraph.encode()) % HELD_OUT == 0) != heldout:
+            paragraph = _paragraph(world, rng)
+        yield paragraph
+
+
+def _paragraph(world: World, rng: random.Random) -> str:
+    draw = rng.random()
+    for share, paragraph in shares():
+        if draw < share:
+            return paragraph(world, rng)
+        draw -= share
+    if rng.random() < world.config.kind_documents:
+        domain = world.domains[rng.choice(sorted(world.domains))]
+        return _about_kind(world, domain, rng.choice(list(domain.kinds)), rng)
+    return _about_entity(world, rng.choice(world.entities), rng)
 
 
 def _about_entity(world: World, entity: Entity, rng: random.Random) -> str:
@@ -43,14 +55,14 @@ def _about_entity(world: World, entity: Entity, rng: random.Random) -> str:
     known = [*entity.own, *sorted(entity.told)]
     clauses = []
     if rng.random() < 0.75:
-        clauses.append(_article(rng.choice(KIND_FORMS).format(s=entity.phrase, kind=entity.kind)))
+        clauses.append(rng.choice(KIND_FORMS).format(s=entity.phrase, v=entity.kind))
     for name in rng.sample(known, min(world.config.facts_per_paragraph, len(known))):
         subject = entity.phrase if not clauses or rng.random() < 0.6 else entity.pronoun
         clause = rng.choice(relations[name].statements).format(s=subject, v=world.value(entity, name))
         if relations[name].inherited and rng.random() >= world.config.bare_share:
-            clause = _article(rng.choice(TOLD_FORMS).format(kind=entity.kind, clause=clause))
+            clause = rng.choice(TOLD_FORMS).format(kind=entity.kind, clause=clause)
         clauses.append(clause)
-    return " ".join(_sentence(clause) for clause in clauses)
+    return sentences(clauses)
 
 
 def _about_kind(world: World, domain: Domain, kind: str, rng: random.Random) -> str:
@@ -59,18 +71,5 @@ def _about_kind(world: World, domain: Domain, kind: str, rng: random.Random) -> 
     clauses = []
     for name in rng.sample(sorted(passed), min(world.config.facts_per_paragraph, len(passed))):
         subject = rng.choice(KIND_SUBJECTS).format(kind=kind)
-        clauses.append(_article(rng.choice(domain.relations[name].statements).format(s=subject, v=passed[name])))
-    return " ".join(_sentence(clause) for clause in clauses)
-
-
-def _article(clause: str) -> str:
-    """`a otter` -> `an otter`."""
-    words = clause.split(" ")
-    for i in range(len(words) - 1):
-        if words[i] in ("a", "A") and words[i + 1][:1] in "aeiou":
-            words[i] += "n"
-    return " ".join(words)
-
-
-def _sentence(clause: str) -> str:
-    return f"{clause[0].upper()}{clause[1:]}."
+        clauses.append(rng.choice(domain.relations[name].statements).format(s=subject, v=passed[name]))
+    return sentences(clauses)

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import yaml
 
+from moabench.methods.spec import ConfigError
+
 LEXICON = Path(__file__).parent / "lexicon"
 SPLITS = ("train", "validation", "test")
+LIMITS = {"train": 2400, "validation": 300, "test": 800}
+"""Most rows of a split."""
 ONSETS = ["b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gl", "kl", "pr", "st", "tr"]
 VOWELS = ["a", "e", "i", "o", "u"]
 CODAS = ["", "", "", "l", "n", "r", "s", "x"]
@@ -32,18 +36,45 @@ class WorldConfig:
     `arc_challenge`; more told pairs make the two-hop composition easier to learn."""
     bare_share: float = 0.5
     """Share (0..1) of the told inherited facts that are stated without naming the kind."""
-    documents: int = 120_000
-    """Paragraphs in the corpus."""
+    documents: int = 240_000
+    """Paragraphs in the corpus. Each family of tasks that brings its own knowledge has a share of them (`SHARE` in `forms/`); the rest
+    is about entities and kinds."""
     kind_documents: float = 0.08
     """Share (0..1) of the paragraphs that are about a kind."""
-    story_documents: float = 0.22
-    """Share (0..1) of the paragraphs that are arithmetic stories or sums."""
     max_number: int = 20
     """Largest operand of a story."""
     facts_per_paragraph: int = 3
     """Facts stated about one entity or kind in one paragraph, besides its kind."""
     split_shares: tuple[float, float, float] = (0.6, 0.1, 0.3)
     """Shares of each kind's entities (and of the number pairs of `addsub`) in train, validation and test."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Difficulty of the questions; None is each task's own. Axes never change the world or its corpus, so that a sweep over them needs no
+    new base model. A task that has no choice of an axis ignores it; a value outside a task's choice is an error."""
+
+    facts: int | None = None
+    """Facts (sentences) that a passage states, in tasks with a passage."""
+    hops: int | None = None
+    """Steps of reasoning of a question (facts to be joined, or operations of arithmetic)."""
+    conflict: float = 1.0
+    """How far the tasks of a conflict group disagree, 0 (not at all) to 1."""
+
+    def __post_init__(self):
+        for name in ("facts", "hops"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value >= 1):
+                raise ConfigError(f"axes.{name}={value!r}: expected a whole number from 1, or none.")
+        if not 0 <= self.conflict <= 1:
+            raise ConfigError(f"axes.conflict={self.conflict!r}: expected a number from 0 to 1.")
+
+    def choose(self, name: str, allowed: tuple[int, ...], default: int | None = None) -> int | None:
+        """The axis `name` of a task that has the choice `allowed`; `default` where the axis is not set."""
+        value = getattr(self, name)
+        if value is not None and value not in allowed:
+            raise ConfigError(f"axes.{name}={value}: expected one of {', '.join(map(str, allowed))} for this task.")
+        return default if value is None else value
 
 
 @dataclass(frozen=True)
@@ -76,6 +107,9 @@ class Domain:
     """A domain's relations and what each of its kinds passes on: `kinds[kind][relation] -> value`."""
 
     name: str
+    article: str
+    """Before the name of an entity; empty where names stand alone."""
+    pronouns: tuple[str, ...]
     relations: dict[str, Relation]
     kinds: dict[str, dict[str, str]]
 
@@ -88,6 +122,22 @@ class World:
     seed: int
     domains: dict[str, Domain]
     entities: tuple[Entity, ...] = field(repr=False)
+    links: dict[str, Entity] = field(repr=False)
+    """Name of a person -> the one animal, plant or tool that is this person's own."""
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of all entities."""
+        return frozenset(entity.name for entity in self.entities)
+
+    @cached_property
+    def own_values(self) -> dict[tuple[str, str], frozenset[str]]:
+        """(kind, own relation) -> the values that its entities have."""
+        found: dict[tuple[str, str], set[str]] = {}
+        for entity in self.entities:
+            for relation, value in entity.own.items():
+                found.setdefault((entity.kind, relation), set()).add(value)
+        return {key: frozenset(values) for key, values in found.items()}
 
     def value(self, entity: Entity, relation: str) -> str:
         """The true value of `relation` for `entity`, its own or its kind's."""
@@ -107,7 +157,7 @@ def build_world(seed: int = 0, config: WorldConfig | None = None) -> World:
         domain = _domain(path.stem, entry, rng)
         domains[domain.name] = domain
         entities += _entities(domain, entry, config, rng, used)
-    return World(config, seed, domains, tuple(entities))
+    return World(config, seed, domains, tuple(entities), _links(entities, random.Random(f"links-{seed}")))
 
 
 def spread(values: tuple[str, ...], n: int, rng: random.Random) -> list[str]:
@@ -135,7 +185,7 @@ def _domain(name: str, entry: dict, rng: random.Random) -> Domain:
         if relation.inherited:
             for kind, value in zip(kinds, spread(relation.values, len(kinds), rng), strict=True):
                 kinds[kind][relation.name] = value
-    return Domain(name, relations, kinds)
+    return Domain(name, entry["article"], tuple(entry["pronouns"]), relations, kinds)
 
 
 def _entities(domain: Domain, entry: dict, config: WorldConfig, rng: random.Random, used: set[str]) -> list[Entity]:
@@ -163,10 +213,33 @@ def _told(relations: list[str], n: int, share: float, rng: random.Random) -> lis
 
 
 def _name(rng: random.Random, used: set[str]) -> str:
-    """A new pronounceable name of two or three syllables."""
+    """A new invented name."""
+    while True:
+        name = invent(rng)
+        if name not in used:
+            used.add(name)
+            return name
+
+
+def invent(rng: random.Random) -> str:
+    """A pronounceable name of two or three syllables, five letters or more."""
     while True:
         syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((2, 3)))]
         name = "".join(syllables) + rng.choice(CODAS)
-        if name not in used and len(name) > 4:
-            used.add(name)
+        if len(name) > 4:
             return name
+
+
+def _links(entities: list[Entity], rng: random.Random) -> dict[str, Entity]:
+    """Each person's own thing, of the person's split; animals, plants and tools equally often."""
+    links = {}
+    for split in SPLITS:
+        people = [entity for entity in entities if entity.domain == "people" and entity.split == split]
+        things = {
+            domain: iter(rng.sample(found, len(found)))
+            for domain in sorted({entity.domain for entity in entities} - {"people"})
+            if (found := [entity for entity in entities if entity.domain == domain and entity.split == split])
+        }
+        for person, domain in zip(people, spread(tuple(things), len(people), rng), strict=True):
+            links[person.name] = next(things[domain])
+    return links

@@ -138,7 +138,7 @@ def test_the_examples_of_help_compose():
     examples = re.search(r"examples:\n(.*?)\n\n", cli.help_text(), re.S).group(1).splitlines()
     assert len(examples) >= 5
     for example in examples:
-        given = [re.sub(r",.*", "", word) for word in overrides.prepare(re.findall(r"\S+=\S+", example))]
+        given = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in overrides.prepare(re.findall(r"\S+=\S+", example))]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             RunConfig.from_composed(OmegaConf.to_container(compose("config", given), resolve=True), [w.lstrip("+") for w in given])
 
