@@ -126,6 +126,9 @@ def _training_rows(cfg: RunConfig, path: Path) -> tuple[list[dict], tuple[str, .
     from moabench.benchmarks.data import load_rows
 
     rows, record = mixes.training_rows(cfg.mix, cfg.task.eval, cfg.data, seed=0)  # one data set for all seeds of a study
+    for name in dict.fromkeys(row["task"] for row in rows if "instruction" not in row):
+        if reason := tasks.get(name).unavailable(cfg.data.source, cfg.protocol):
+            raise ConfigError(f"mix={cfg.mix.name} trains on {name} with data.source={cfg.data.source}, protocol={cfg.protocol}: {reason}.")
     evaluated = [row for task in cfg.task.eval for row in load_rows(task, tasks.get(task).split, cfg.data)]
     # The built-in world is made of templates, where two facts differ in a word or two: nearness means nothing there.
     report = leakage.check(rows, evaluated, near=cfg.data.source != "builtin" or cfg.mix.file is not None)

@@ -131,6 +131,23 @@ def test_leaked_rows_can_stop_a_run(tmp_path, leaky):
     assert not find(tmp_path / "runs"), "nothing is left behind"
 
 
+def test_training_rows_that_cannot_be_put_stop_a_run(tmp_path):
+    root = tmp_path / "data"
+    for task, row in {
+        "aqua": {"question": "What is 2 + 2?", "choices": ["3", "4", "5", "6", "7"], "label": 1, "answer": "B"},
+        "gsm8k": {"question": "What is 3 + 3?", "answer": "6", "solution": "3 + 3 = 6"},
+    }.items():
+        (root / task).mkdir(parents=True)
+        for split in ("train", "test"):
+            (root / task / f"{split}.jsonl").write_text(json.dumps(row))
+    made = config(
+        tmp_path / "runs", "method=lora", "task=aqua", "data=local", f"data.root={root}", "protocol=label", "++mix.parts.gsm8k.weight=1"
+    )
+    with pytest.raises(ConfigError, match="mix=own trains on gsm8k with data.source=local, protocol=label: its rows have a free answer"):
+        experiment.run(made)
+    assert not find(tmp_path / "runs")
+
+
 def test_what_was_forgotten_is_measured(tmp_path):
     text = tmp_path / "held_out.txt"
     text.write_text("A hare runs over the hill.\nThe pump stands in the barn.\n")
