@@ -77,7 +77,10 @@ def _builtin(task: tasks.Task, _: str, split: str, data: Any, limit: int | None)
 
     if task.name not in world.TASKS:
         raise ConfigError(f"task {task.name} with data.source=builtin: the world has no such task.{nearest(task.name, world.TASKS)}")
-    return world.rows(task.name, split, seed=data.seed, n=limit, axes=getattr(data, "world", None))
+    try:
+        return world.rows(task.name, split, seed=data.seed, n=limit, axes=getattr(data, "world", None))
+    except ConfigError as error:  # a difficulty that this task does not have
+        raise ConfigError(f"task {task.name}, data.world: {error}") from None
 
 
 def _local(task: tasks.Task, name: str, split: str, data: Any, limit: int | None) -> list[dict[str, Any]]:
