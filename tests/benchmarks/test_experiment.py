@@ -143,7 +143,7 @@ def test_training_rows_that_cannot_be_put_stop_a_run(tmp_path):
     made = config(
         tmp_path / "runs", "method=lora", "task=aqua", "data=local", f"data.root={root}", "protocol=label", "++mix.parts.gsm8k.weight=1"
     )
-    with pytest.raises(ConfigError, match="mix=own trains on gsm8k with data.source=local, protocol=label: its rows have a free answer"):
+    with pytest.raises(ConfigError, match=r"mix=own trains on gsm8k with .*: its rows have a free answer"):
         experiment.run(made)
     assert not find(tmp_path / "runs")
 
