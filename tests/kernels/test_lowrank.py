@@ -1,4 +1,5 @@
-"""linear_shrink and expand_add_ against fp64 loops over tokens and rank rows: outputs and every gradient, from random cotangents.
+"""linear_shrink and expand_add_ against fp64 loops over tokens and rank rows: outputs and every gradient, from random cotangents, on both
+backends.
 
 Run: python -m pytest tests/kernels/test_lowrank.py
 """
@@ -10,8 +11,10 @@ import torch
 from compare import assert_near, relative_rms
 from torch.nn import functional as F
 
-from moabench.kernels import lowrank
+from moabench.kernels import backend, lowrank
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS = [("torch", torch.float64), ("torch", torch.float32), ("triton", torch.float32)]
 BOUND = {torch.float64: 1e-13, torch.float32: 2e-6}
 SHAPES = [  # tokens, input width, output widths, rank rows, router rows (0: no routers)
     (1, 7, (5,), 1, 0),  # one token, one row
@@ -50,10 +53,10 @@ def gradients(outputs, cotangents, tensors):
     return torch.autograd.grad(outputs, tensors, cotangents, allow_unused=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("kernels", "dtype"), RUNS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("tokens", "d", "widths", "rows", "heads"), SHAPES)
-def test_linear_shrink(tokens, d, widths, rows, heads, bias, dtype):
+def test_linear_shrink(tokens, d, widths, rows, heads, bias, kernels, dtype):
     torch.manual_seed(0)
     tensors = {"x": randn(tokens, d), "a": randn(rows, d)} | ({"heads": randn(heads, d)} if heads else {})
     frozen = [(randn(b, d, grad=False), randn(b, grad=False) if bias else None) for b in widths]
@@ -62,13 +65,16 @@ def test_linear_shrink(tokens, d, widths, rows, heads, bias, dtype):
     cotangents = [torch.randn_like(t) for t in want]
     expected = gradients(want, cotangents, list(tensors.values()))
 
-    low = [t.detach().to(dtype).requires_grad_() for t in tensors.values()]
-    ys_, s, z = lowrank.linear_shrink(low[0], [(w.to(dtype), None if b is None else b.to(dtype)) for w, b in frozen], *low[1:])
+    device = DEVICE if kernels == "triton" else "cpu"
+    low = [t.detach().to(device, dtype).requires_grad_() for t in tensors.values()]
+    frozen = [(w.to(low[0]), None if b is None else b.to(low[0])) for w, b in frozen]
+    with backend.use(kernels):
+        ys_, s, z = lowrank.linear_shrink(low[0], frozen, *low[1:])
     assert (z is None) == (not heads)
     got = [*ys_, s, *([z] if heads else [])]
     for name, g, w in zip([*(f"y{i}" for i in range(len(ys))), "s", "z"], got, want, strict=False):
         assert_near(name, g, w, BOUND[dtype])
-    for name, g, w in zip(tensors, gradients(got, [c.to(dtype) for c in cotangents], low), expected, strict=True):
+    for name, g, w in zip(tensors, gradients(got, [c.to(low[0]) for c in cotangents], low), expected, strict=True):
         assert_near(f"{name}.grad", g, torch.zeros_like(tensors[name]) if w is None else w, BOUND[dtype])
 
 
@@ -118,7 +124,7 @@ def test_no_grad_mode_and_frozen_weights():
     assert_near("heads.grad", heads.grad, x.sum(0).expand(2, -1), 1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("kernels", "dtype"), RUNS)
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 @pytest.mark.parametrize(
     "parts",
@@ -129,7 +135,7 @@ def test_no_grad_mode_and_frozen_weights():
         [slice(8, 9)],
     ],
 )
-def test_expand_add(parts, tokens, dtype):
+def test_expand_add(parts, tokens, kernels, dtype):
     torch.manual_seed(0)
     width = 9
     terms = []
@@ -142,13 +148,14 @@ def test_expand_add(parts, tokens, dtype):
     tensors = [y, *(t for s, b, *_ in terms for t in (s, b))]
     expected = gradients(want, cotangent, tensors)
 
-    low = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    low = [t.detach().to(DEVICE if kernels == "triton" else "cpu", dtype).requires_grad_() for t in tensors]
     inner = low[0] * 1  # the frozen output is never a leaf
-    got = lowrank.expand_add_(inner, [(low[1 + 2 * i], low[2 + 2 * i], *term[2:]) for i, term in enumerate(terms)])
+    with backend.use(kernels):
+        got = lowrank.expand_add_(inner, [(low[1 + 2 * i], low[2 + 2 * i], *term[2:]) for i, term in enumerate(terms)])
     assert got.data_ptr() == inner.data_ptr(), "y is overwritten, not copied"
     assert_near("y", got, want, BOUND[dtype])
     names = ["y.grad", *(f"{n}{i}.grad" for i in range(len(terms)) for n in "sb")]
-    for name, g, w in zip(names, gradients(got, cotangent.to(dtype), low), expected, strict=True):
+    for name, g, w in zip(names, gradients(got, cotangent.to(low[0]), low), expected, strict=True):
         assert_near(name, g, w, BOUND[dtype])
 
 

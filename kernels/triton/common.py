@@ -1,0 +1,64 @@
+"""What the Triton kernels share: tiles over rank rows, products, and how a variant is described for the offline gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moabench.kernels import backend
+
+UPCAST = tl.constexpr(backend.interpreted())
+"""In the interpreter `tl.dot` multiplies the bit patterns of bf16: operands become fp32 there, which is exact."""
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`acc + a b` in fp32."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+def pieces(rows: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Widths, powers of two from 16 on (the second may be 0), of the two tiles that hold the rank rows of one program with little to
+    spare: 24 -> (16, 16), 72 -> (64, 16), 192 -> (128, 64). More than 192 rows (fp32: 128) take several programs."""
+    rows = min(max(rows, 1), 128 if dtype == torch.float32 else 192)
+    first = max(16, 1 << (rows.bit_length() - 1))
+    rest = rows - first
+    return first, (0 if rest <= 0 else max(16, triton.next_power_of_2(rest)))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of fp32 operands are taken: as torch takes them."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes (constexpr arguments) and launch options of one kernel for one problem."""
+
+    sizes: dict[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with everything that a compilation needs. arguments: type of each argument that is not constexpr ("*bf16", "i32")."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    tile: Tile
+    products: bool = True
+    """Whether it must use the tensor cores."""
+
+
+def pointer(dtype: torch.dtype) -> str:
+    """Triton's name of a pointer to `dtype`."""
+    return {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
