@@ -222,6 +222,8 @@ class RunConfig:
     runs_dir: str = "runs"
     seed: Annotated[int, Bound(ge=0)] = 0
     device: str = "auto"
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels of the mixtures: moabench.kernels.backend."""
     threads: Count | None = None
     """CPU threads of torch; null: OMP_NUM_THREADS, else every core this process may use."""
     quiet: bool = False

@@ -30,6 +30,8 @@ WHOLE_FILE_BYTES = 64 * 2**20
 
 def describe(cfg: RunConfig, config_hash: str, inputs: dict[str, Any], device: str) -> dict[str, Any]:
     """Content of environment.json."""
+    from moabench.kernels import backend
+
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -37,6 +39,7 @@ def describe(cfg: RunConfig, config_hash: str, inputs: dict[str, Any], device: s
         "code": commit(),
         "device": device,
         "device_name": _device_name(device),
+        "kernels": backend.describe(device),
         "threads": _threads(),
         "seed": cfg.seed,
         "config_hash": config_hash,

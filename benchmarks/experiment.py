@@ -61,11 +61,15 @@ def _announce(cfg: RunConfig, folder: RunFolder, state: runs.State) -> None:
 
 def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], resume: bool) -> None:
     """Everything between claiming the folder and its being finished."""
+    from moabench.kernels import backend
+
     path = folder.path
     if not resume:
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
     files.write_yaml(path / "config.yaml", cfg.to_dict())
     device = set_globals(cfg)
+    if not cfg.quiet:
+        print(f"device {device}, kernels {backend.describe(device)}", file=sys.stderr)
     files.write_json(path / "environment.json", environment.describe(cfg, folder.hash, inputs, device))
     logger = loggers.start(cfg, path, folder.hash)
     metrics = None
@@ -209,6 +213,8 @@ def set_globals(cfg: RunConfig) -> str:
     import torch
     import transformers
 
+    from moabench.kernels import backend
+
     seed_everything(cfg.seed)
     torch.set_num_threads(cfg.threads or int(os.environ.get("OMP_NUM_THREADS") or _cores()))
     torch.set_default_dtype(torch.float32)
@@ -223,11 +229,16 @@ def set_globals(cfg: RunConfig) -> str:
     transformers.utils.logging.disable_progress_bar()
     device = cfg.device
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not available[device.partition(":")[0]]:
         there = ", ".join(name for name, present in available.items() if present)
         raise ConfigError(f"device={device!r}: not present on this machine. There: {there}.")
+    try:
+        backend.select(cfg.backend)
+        backend.triton_for(torch.empty(0, dtype=getattr(torch, cfg.model.dtype), device=device))
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from error
     return device
 
 

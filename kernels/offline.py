@@ -9,6 +9,7 @@ mma.sync on sm_80) in bf16 kernels that are products. Needs Triton, no GPU, and 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -16,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ UNALIGNED = {"T", "R", "H", "E", "N", "K"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Compiled:
     """What one compilation came to."""
 
@@ -45,7 +45,7 @@ class Compiled:
     """Bytes."""
     products: tuple[str, ...]
     """Tensor-core instructions found."""
-    failures: tuple[str, ...]
+    failures: tuple[str, ...] = ()
 
 
 def compile_variant(variant, arch: int, dtype: str) -> Compiled:
@@ -65,14 +65,20 @@ def compile_variant(variant, arch: int, dtype: str) -> Compiled:
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spilled = _resources(built.asm["cubin"])
     products = tuple(sorted(set(re.findall(PRODUCT[arch], built.asm["ptx"]))))
-    failures = []
-    if spilled:
-        failures.append(f"spills {spilled} bytes")
-    if built.metadata.shared > SHARED[arch]:
-        failures.append(f"shared memory {built.metadata.shared} > {SHARED[arch]}")
-    if variant.products and dtype == "bf16" and not products:
-        failures.append("no tensor-core instruction")
-    return Compiled(f"{variant.name} {dtype}", arch, registers, spilled, built.metadata.shared, products, tuple(failures))
+    one = Compiled(f"{variant.name} {dtype}", arch, registers, spilled, built.metadata.shared, products)
+    return dataclasses.replace(one, failures=failures(one, needs_products=variant.products and dtype == "bf16"))
+
+
+def failures(one: Compiled, needs_products: bool) -> tuple[str, ...]:
+    """The gates that a compilation does not pass, in words."""
+    found = []
+    if one.spilled:
+        found.append(f"spills {one.spilled} bytes")
+    if one.shared > SHARED[one.arch]:
+        found.append(f"shared memory {one.shared} > {SHARED[one.arch]}")
+    if needs_products and not one.products:
+        found.append("no tensor-core instruction")
+    return tuple(found)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -100,10 +106,12 @@ def compiled(files: list[str], archs: list[int], dtypes: list[str], threads: int
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="moabench.kernels.offline", description=__doc__.split("\n\n")[0])
-    parser.add_argument("files", nargs="*", help=f"of {', '.join(FILES)}; default: all")
+    parser.add_argument("files", nargs="*", metavar="file", help=f"of {', '.join(FILES)}; default: all")
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED), default=sorted(SHARED))
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=sorted(DTYPES))
     args = parser.parse_args()
+    if unknown := set(args.files) - set(FILES):
+        parser.error(f"unknown file {', '.join(sorted(unknown))}: expected of {', '.join(FILES)}")
     if backend.interpreted():
         parser.error("TRITON_INTERPRET=1 is set: there is nothing to compile; unset it")
     failed = 0

@@ -68,8 +68,8 @@ def shrink_kernel(
     tl.store(s + out * R + r1[None, :], acc1.to(s.dtype.element_ty), mask=live & (r1[None, :] < R))
     if P2 > 0:
         tl.store(s + out * R + r2[None, :], acc2.to(s.dtype.element_ty), mask=live & (r2[None, :] < R))
-    if PH > 0:
-        if first == 0:  # noqa: SIM102 (the outer condition is decided at compile time)
+    if PH > 0:  # noqa: SIM102 (decided at compile time, the inner one is not)
+        if first == 0:
             tl.store(z + out * H + rh[None, :], acch, mask=live & (rh[None, :] < H))
 
 
