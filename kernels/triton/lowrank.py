@@ -137,7 +137,7 @@ def shrink_tile(rows: int, heads: int, dtype: torch.dtype) -> Tile:
     ph = 0 if not heads else max(16, triton.next_power_of_2(heads))
     sizes, held = {"P1": p1, "P2": p2, "PH": ph}, p1 + p2 + 3 * ph
     if dtype == torch.float32:
-        return Tile(sizes | {"BM": 32, "BK": 32 if held <= 96 else 16}, num_warps=4 if held <= 96 else 8, num_stages=2)
+        return Tile(sizes | {"BM": 32, "BK": 32}, num_warps=4, num_stages=2)
     block = 128 if held <= 64 else 64 if held <= 160 or not ph else 32
     return Tile(sizes | {"BM": 64, "BK": block}, num_warps=4 if held <= 96 else 8, num_stages=3)
 
@@ -146,7 +146,7 @@ def expand_tile(rows: int, dtype: torch.dtype) -> Tile:
     """BM tokens by BN columns; P rank rows a step."""
     p = min(64, max(16, triton.next_power_of_2(rows)))
     if dtype == torch.float32:
-        return Tile({"P": min(p, 32), "BM": 64, "BN": 64}, num_warps=4, num_stages=2)
+        return Tile({"P": min(p, 32), "BM": 32, "BN": 64}, num_warps=4, num_stages=2)
     return Tile({"P": p, "BM": 128, "BN": 128}, num_warps=8, num_stages=2)
 
 
