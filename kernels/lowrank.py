@@ -12,7 +12,9 @@ Shapes: T tokens, d input width, b output width, R rank rows, H router rows. Fro
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -71,7 +73,7 @@ def _forward(
     x: Tensor, a: Tensor, heads: Tensor | None, tensors: Sequence[Tensor | None], triton: bool
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     ys = [F.linear(x, w, b) for w, b in zip(tensors[::2], tensors[1::2], strict=True)]
-    return ys, *(_triton().shrink_both(x, a, heads) if triton else _shrink_both(x, a, heads))
+    return ys, *steps(triton).shrink_both(x, a, heads)
 
 
 class _LinearShrink(torch.autograd.Function):
@@ -94,10 +96,10 @@ class _LinearShrink(torch.autograd.Function):
             ds = torch.cat([dz.new_zeros(dz.shape[0], ctx.split) if ds is None else ds, dz], -1)
         elif ds is not None:
             rows = rows[: ctx.split]
-        outer, add = (_triton().outer, _triton().add_) if ctx.triton else (_outer, _add_)
+        step = steps(ctx.triton)
         dx, da, dheads = None, None, None
         if ds is not None and x is not None:
-            drows = outer(ds, x)
+            drows = step.outer(ds, x)
             da = drows[: ctx.split]
             dheads = drows[ctx.split :].to(ctx.head_dtype) if dz is not None else None
         if ctx.needs_input_grad[0]:
@@ -105,7 +107,7 @@ class _LinearShrink(torch.autograd.Function):
                 if dy is not None:
                     dx = dy @ w if dx is None else dx.addmm_(dy, w)
             if ds is not None:
-                dx = ds @ rows if dx is None else add(dx, ds, rows.t())
+                dx = ds @ rows if dx is None else step.add_(dx, ds, rows.t())
         return dx, da, dheads, None, *(None,) * (2 * len(weights))
 
 
@@ -121,26 +123,34 @@ class _ExpandAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):
         pairs, grads = ctx.saved_tensors, []
-        outer, product = (_triton().outer, _triton().product) if ctx.triton else (_outer, _product)
+        step = steps(ctx.triton)
         for i, columns in enumerate(ctx.columns):
             s, b = pairs[2 * i : 2 * i + 2]
             part = dy[:, columns]
-            grads.append(product(part, b) if ctx.needs_input_grad[3 + 2 * i] else None)
-            grads.append(outer(s, part).t() if ctx.needs_input_grad[4 + 2 * i] else None)
+            grads.append(step.product(part, b) if ctx.needs_input_grad[3 + 2 * i] else None)
+            grads.append(step.outer(s, part).t() if ctx.needs_input_grad[4 + 2 * i] else None)
         return dy, None, None, *grads
 
 
 def _expand_add_(y: Tensor, columns: Sequence[slice], pairs: Sequence[Tensor], triton: bool) -> Tensor:
-    add = _triton().add_ if triton else _add_
     for i, part in enumerate(columns):
-        add(y if part == slice(None) else y[:, part], pairs[2 * i], pairs[2 * i + 1])
+        steps(triton).add_(y if part == slice(None) else y[:, part], pairs[2 * i], pairs[2 * i + 1])
     return y
 
 
-# The steps in plain torch; moabench.kernels.triton.lowrank has the same by the same names.
+# The steps in plain torch
 
 
-def _shrink_both(x: Tensor, a: Tensor, heads: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def steps(triton: bool) -> ModuleType:
+    """The module whose `shrink_both`, `add_`, `product` and `outer` run: this one, or its Triton counterpart."""
+    if not triton:
+        return sys.modules[__name__]
+    from .triton import lowrank
+
+    return lowrank
+
+
+def shrink_both(x: Tensor, a: Tensor, heads: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """`S = X A^T` and `Z = X H^T`, Z in full precision."""
     if heads is None:
         return F.linear(x, a), None
@@ -151,22 +161,16 @@ def _shrink_both(x: Tensor, a: Tensor, heads: Tensor | None) -> tuple[Tensor, Te
     return s, z
 
 
-def _add_(y: Tensor, s: Tensor, b: Tensor) -> Tensor:
+def add_(y: Tensor, s: Tensor, b: Tensor) -> Tensor:
     """`y += s b^T` in place."""
     return y.addmm_(s, b.t())
 
 
-def _product(y: Tensor, b: Tensor) -> Tensor:
+def product(y: Tensor, b: Tensor) -> Tensor:
     """`y b`."""
     return y @ b
 
 
-def _outer(s: Tensor, y: Tensor) -> Tensor:
+def outer(s: Tensor, y: Tensor) -> Tensor:
     """`s^T y`, the sum over tokens; on a CPU faster than the transpose of `y^T s`."""
     return s.t() @ y
-
-
-def _triton():
-    from .triton import lowrank
-
-    return lowrank

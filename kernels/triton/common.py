@@ -23,6 +23,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.jit
+def dot_exact(x, h, acc, PRECISION: tl.constexpr):
+    """`acc + x h` for fp32 h: with bf16 x by h's three bf16 parts, else in fp32."""
+    if x.dtype == tl.bfloat16:
+        high = h.to(tl.bfloat16)
+        rest = h - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        return dot(x, high, dot(x, middle, dot(x, low, acc, PRECISION), PRECISION), PRECISION)
+    return tl.dot(x.to(tl.float32), h, acc, input_precision="ieee")
+
+
 def pieces(rows: int, dtype: torch.dtype) -> tuple[int, int]:
     """Widths, powers of two from 16 on (the second may be 0), of the two tiles that hold the rank rows of one program with little to
     spare: 24 -> (16, 16), 72 -> (64, 16), 192 -> (128, 64). More than 192 rows (fp32: 128) take several programs."""

@@ -15,19 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Tile, Variant, dot, pieces, pointer, precision
-
-
-@triton.jit
-def _dot_exact(x, h, acc, PRECISION: tl.constexpr):
-    """`acc + x h` for fp32 h: with bf16 x by h's three bf16 parts, else in fp32."""
-    if x.dtype == tl.bfloat16:
-        high = h.to(tl.bfloat16)
-        rest = h - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        return dot(x, high, dot(x, middle, dot(x, low, acc, PRECISION), PRECISION), PRECISION)
-    return tl.dot(x.to(tl.float32), h, acc, input_precision="ieee")
+from .common import Tile, Variant, dot, dot_exact, pieces, pointer, precision
 
 
 @triton.jit
@@ -61,7 +49,7 @@ def shrink_kernel(
             acc2 = dot(tile, a2, acc2, PRECISION)
         if PH > 0:
             ht = tl.load(h + rh[None, :] * h_row + k[:, None], mask=(rh[None, :] < H) & inside[:, None], other=0.0)
-            acch = _dot_exact(tile, ht, acch, PRECISION)
+            acch = dot_exact(tile, ht, acch, PRECISION)
     out = tokens[:, None].to(tl.int64)
     if PARTIAL:
         out += part.to(tl.int64) * T
