@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..bank import AttentionExperts
+from ..lazy import Lazy
 from ..params import Param
 from ..spec import Count
+
+route = Lazy("moabench.kernels.route")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Prompt(AttentionExperts):
     def forward(self, p, query, project, scaling, w):
         keys, values = project(p["embedding"])  # [E L, H, hd], in the model's dtype
         scores = query @ (keys.permute(1, 2, 0) * scaling)  # [B, H, L_q, E L]
-        probs = scores.float().unflatten(-1, (self.n, -1)).softmax(-1)
+        probs = route.softmax(scores.float().unflatten(-1, (self.n, -1)))
         gates = p["gamma"][None, :, None, :]  # [1, H, 1, E]
         if w is not None:
             gates = gates * w.unsqueeze(1)  # [B, 1, L_q, E]
