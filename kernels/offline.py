@@ -28,8 +28,8 @@ FILES = sorted(p.stem for p in (Path(__file__).parent / "triton").glob("*.py") i
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may use, by compute capability."""
 PRODUCT = {80: r"mma\.sync", 90: r"wgmma\.mma_async|mma\.sync"}
-UNALIGNED = {"T", "R", "H", "E", "N", "K", "r", "eps"}
-"""Integer arguments that are numbers of tokens, ranks, routers or experts: any number."""
+UNALIGNED = {"T", "G", "R", "H", "E", "N", "K", "r", "row_stride", "site_stride", "eps"}
+"""Integer arguments that are numbers of tokens, sites, ranks, routers or experts, or strides of scores: any number."""
 MOST_SPILLED = {"bf16": 0, "fp32": 64}
 """Bytes a thread."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
