@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moabench.analysis import load
+from moabench.analysis import balance
 
 if TYPE_CHECKING:
     from moabench.methods import Routing
@@ -71,7 +71,7 @@ class Meter:
         for sums in self.groups.values():
             for name, value in _measures(sums).items():
                 values.setdefault(name, []).append(value)
-        return {key: v for name, parts in values.items() for key, v in load.over_sites(name, torch.cat(parts)).items()}
+        return {key: v for name, parts in values.items() for key, v in balance.over_sites(name, torch.cat(parts)).items()}
 
     def state(self) -> list[dict[str, Any]]:
         """Plain data that `torch.save` writes and `Meter.from_state` reads."""
@@ -106,18 +106,18 @@ def _sums(sites: tuple[str, ...], routings: list[Routing]) -> Sums:
     weights = torch.stack([r.weights for r in routings]).float()  # [S, T, E]
     real = _real(routings, weights)  # [S, T], 1 or 0
     tokens = real.sum(-1)
-    floats = {"weights": _over_tokens(real, weights), "members": _over_tokens(real, load.membership(weights))}
+    floats = {"weights": _over_tokens(real, weights), "members": _over_tokens(real, balance.membership(weights))}
     if first.probs is not None:
-        probs = load.membership(torch.stack([r.probs for r in routings]).float())
-        floats |= {"probs": _over_tokens(real, probs), "entropy": (load.entropy(probs) * real).sum(-1)}
+        probs = balance.membership(torch.stack([r.probs for r in routings]).float())
+        floats |= {"probs": _over_tokens(real, probs), "entropy": (balance.entropy(probs) * real).sum(-1)}
     if first.soft:
         assignments, idle = tokens.unsqueeze(-1).expand_as(floats["weights"]), torch.zeros_like(tokens)
-        share = load.importance(floats["members"])
+        share = balance.importance(floats["members"])
     else:
         chosen = torch.stack([r.chosen for r in routings]).float()
         assignments, idle = _over_tokens(real, chosen), ((chosen.amax(-1) == 0) * real).sum(-1)
-        share = load.assignment_share(assignments)
-    vio = load.max_vio(share)
+        share = balance.assignment_share(assignments)
+    vio = balance.max_vio(share)
     floats |= {"max_vio": vio.nan_to_num(0.0), "batches": (~vio.isnan()).float()}
     counts = {"tokens": tokens, "idle": idle, "assignments": assignments}
     values = {k: v.round().long() for k, v in counts.items()} | {k: v.double() for k, v in floats.items()}
@@ -142,20 +142,20 @@ def _over_tokens(real: Tensor, values: Tensor) -> Tensor:
 def _measures(sums: Sums) -> dict[str, Tensor]:
     """Every load and routing measure [S] of one group."""
     v = {name: value.cpu() for name, value in sums.values.items()}
-    share = load.importance(v["members"]) if sums.soft else load.assignment_share(v["assignments"])
-    found = load.balance(share)
+    share = balance.importance(v["members"]) if sums.soft else balance.assignment_share(v["assignments"])
+    found = balance.measures(share)
     tokens = v["tokens"].double()
     found["max_vio_batch"] = v["max_vio"] / v["batches"]
     found["gate_mass"] = v["weights"].sum(-1) / tokens
     if not sums.soft:
-        found["dead_share"] = load.dead_share(v["assignments"]).masked_fill(v["tokens"] == 0, math.nan)
-        found["mean_active"] = load.mean_active(v["assignments"], v["tokens"])
+        found["dead_share"] = balance.dead_share(v["assignments"]).masked_fill(v["tokens"] == 0, math.nan)
+        found["mean_active"] = balance.mean_active(v["assignments"], v["tokens"])
         found["dropped_share"] = v["idle"] / tokens
     if "probs" in v:
         mean_entropy = v["entropy"] / tokens
         experts = v["probs"].shape[-1]
         found["router_entropy"] = mean_entropy / math.log(experts) if experts > 1 else torch.ones_like(mean_entropy)
-        found["decisiveness"] = load.decisiveness(v["probs"] / tokens.unsqueeze(-1), mean_entropy)
+        found["decisiveness"] = balance.decisiveness(v["probs"] / tokens.unsqueeze(-1), mean_entropy)
     return found
 
 
@@ -164,10 +164,10 @@ def _rows(sums: Sums, split: str, task: str) -> list[dict[str, Any]]:
     tokens = v["tokens"].unsqueeze(-1)
     per_expert = {
         "assignments": v["assignments"],
-        "usage": load.usage(v["assignments"], v["tokens"]),
-        "share": load.assignment_share(v["assignments"]),
-        "soft_share": load.importance(v["members"]),
-        "importance": load.importance(v["weights"]),
+        "usage": balance.usage(v["assignments"], v["tokens"]),
+        "share": balance.assignment_share(v["assignments"]),
+        "soft_share": balance.importance(v["members"]),
+        "importance": balance.importance(v["weights"]),
         "mean_weight": v["weights"] / tokens,
         "mean_prob": v["probs"] / tokens if "probs" in v else None,
     }

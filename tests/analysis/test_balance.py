@@ -1,6 +1,6 @@
 """Load measures against their definitions: closed forms, bounds, invariance under permutation of experts, simulation of the sampling floor.
 
-pytest tests/analysis/test_load.py
+pytest tests/analysis/test_balance.py
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from moabench.analysis import load
+from moabench.analysis import balance
 
 E = 8
 UNIFORM = torch.full((E,), 1 / E, dtype=torch.float64)
@@ -26,15 +26,15 @@ EXTREMES = {  # measure: (uniform, all on one expert), from the ranges in the de
 }
 
 
-@pytest.mark.parametrize("name", load.BALANCE)
+@pytest.mark.parametrize("name", balance.BALANCE)
 def test_balance_at_its_extremes(name):
     uniform, collapsed = EXTREMES[name]
-    assert load.BALANCE[name](UNIFORM).item() == pytest.approx(uniform, abs=1e-12)
-    assert load.BALANCE[name](ONE_HOT).item() == pytest.approx(collapsed, abs=1e-12)
+    assert balance.BALANCE[name](UNIFORM).item() == pytest.approx(uniform, abs=1e-12)
+    assert balance.BALANCE[name](ONE_HOT).item() == pytest.approx(collapsed, abs=1e-12)
 
 
 def test_balance_of_a_skewed_share_by_hand():
-    found = load.balance(SKEWED)
+    found = balance.measures(SKEWED)
     assert found["cv"].item() == pytest.approx(math.sqrt(sum((x - 1 / 8) ** 2 for x in SKEWED.tolist()) / 8) * 8)
     assert found["max_vio"].item() == pytest.approx(0.4 * 8 - 1)
     pairs = sum(abs(a - b) for a in SKEWED.tolist() for b in SKEWED.tolist()) / (2 * 8)  # Gini as mean absolute difference
@@ -45,14 +45,14 @@ def test_balance_of_a_skewed_share_by_hand():
     assert found["rare_share"].item() == 0.5
 
 
-@pytest.mark.parametrize("name", load.BALANCE)
+@pytest.mark.parametrize("name", balance.BALANCE)
 def test_balance_ignores_the_order_of_experts_and_keeps_leading_axes(name):
     share = torch.rand(3, 2, E, dtype=torch.float64)
     share /= share.sum(-1, keepdim=True)
-    value = load.BALANCE[name](share)
+    value = balance.BALANCE[name](share)
     assert value.shape == (3, 2)
-    torch.testing.assert_close(load.BALANCE[name](share[..., torch.randperm(E)]), value)
-    torch.testing.assert_close(load.BALANCE[name](share[1, 1]), value[1, 1])
+    torch.testing.assert_close(balance.BALANCE[name](share[..., torch.randperm(E)]), value)
+    torch.testing.assert_close(balance.BALANCE[name](share[1, 1]), value[1, 1])
 
 
 def test_shares_of_a_variable_number_of_experts():
@@ -60,49 +60,49 @@ def test_shares_of_a_variable_number_of_experts():
     chosen = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0]])
     tokens = torch.tensor(3)
     counts = chosen.sum(0)
-    torch.testing.assert_close(load.assignment_share(counts), torch.tensor([2 / 3, 1 / 3, 0]).double())
-    torch.testing.assert_close(load.usage(counts, tokens), torch.tensor([2 / 3, 1 / 3, 0]).double())
-    assert load.mean_active(counts, tokens).item() == 1.0
-    assert load.dead_share(counts).item() == pytest.approx(1 / 3)
-    assert load.activated_parameters(load.usage(counts, tokens), torch.tensor([30, 60, 90])).item() == pytest.approx(40)
+    torch.testing.assert_close(balance.assignment_share(counts), torch.tensor([2 / 3, 1 / 3, 0]).double())
+    torch.testing.assert_close(balance.usage(counts, tokens), torch.tensor([2 / 3, 1 / 3, 0]).double())
+    assert balance.mean_active(counts, tokens).item() == 1.0
+    assert balance.dead_share(counts).item() == pytest.approx(1 / 3)
+    assert balance.activated_parameters(balance.usage(counts, tokens), torch.tensor([30, 60, 90])).item() == pytest.approx(40)
 
 
 def test_soft_unnormalised_gates_count_by_their_share_of_the_row():
     """A token with gates (0.9, 0.1) and one with (0.01, 0.09): by weight the first dominates, by membership both count equally."""
     weights = torch.tensor([[0.9, 0.1], [0.01, 0.09]])
-    torch.testing.assert_close(load.importance(weights.sum(0)), torch.tensor([0.91, 0.19]).double() / 1.1)
-    torch.testing.assert_close(load.importance(load.membership(weights).sum(0)), torch.tensor([0.5, 0.5]).double())
-    assert load.membership(torch.zeros(1, 2)).tolist() == [[0, 0]]
+    torch.testing.assert_close(balance.importance(weights.sum(0)), torch.tensor([0.91, 0.19]).double() / 1.1)
+    torch.testing.assert_close(balance.importance(balance.membership(weights).sum(0)), torch.tensor([0.5, 0.5]).double())
+    assert balance.membership(torch.zeros(1, 2)).tolist() == [[0, 0]]
 
 
 def test_contribution_is_the_share_of_output_norms():
     norms = torch.tensor([3.0, 1.0])
-    torch.testing.assert_close(load.contribution(norms), torch.tensor([0.75, 0.25]).double())
+    torch.testing.assert_close(balance.contribution(norms), torch.tensor([0.75, 0.25]).double())
 
 
 def test_decisiveness_is_zero_for_a_constant_router_and_ln_e_for_a_specialised_one():
     constant = SKEWED.expand(100, E)
-    assert load.decisiveness(constant.mean(0), load.entropy(constant).mean()).item() == pytest.approx(0, abs=1e-12)
+    assert balance.decisiveness(constant.mean(0), balance.entropy(constant).mean()).item() == pytest.approx(0, abs=1e-12)
     specialised = torch.eye(E, dtype=torch.float64).repeat(10, 1)
-    assert load.decisiveness(specialised.mean(0), load.entropy(specialised).mean()).item() == pytest.approx(math.log(E))
-    torch.testing.assert_close(load.router_entropy(specialised), torch.zeros(80).double())
+    assert balance.decisiveness(specialised.mean(0), balance.entropy(specialised).mean()).item() == pytest.approx(math.log(E))
+    torch.testing.assert_close(balance.router_entropy(specialised), torch.zeros(80).double())
 
 
 def test_nothing_counted_is_nan_not_zero():
-    share = load.assignment_share(torch.zeros(2, E))
-    assert all(value.isnan().all() for value in load.balance(share).values())
-    assert load.over_sites("cv", load.cv(share)) == {}
+    share = balance.assignment_share(torch.zeros(2, E))
+    assert all(value.isnan().all() for value in balance.measures(share).values())
+    assert balance.over_sites("cv", balance.cv(share)) == {}
 
 
 def test_worst_site_is_the_less_balanced_one():
     shares = torch.stack([UNIFORM, ONE_HOT])
-    assert load.over_sites("cv", load.cv(shares))["cv_worst"] == pytest.approx(math.sqrt(E - 1))
-    assert load.over_sites("effective_experts", load.effective_experts(shares))["effective_experts_worst"] == pytest.approx(1)
-    assert load.over_sites("mean_active", torch.tensor([1.0, 2.0])) == {"mean_active": 1.5}
+    assert balance.over_sites("cv", balance.cv(shares))["cv_worst"] == pytest.approx(math.sqrt(E - 1))
+    assert balance.over_sites("effective_experts", balance.effective_experts(shares))["effective_experts_worst"] == pytest.approx(1)
+    assert balance.over_sites("mean_active", torch.tensor([1.0, 2.0])) == {"mean_active": 1.5}
 
 
 def test_uniform_routing_by_chance_reaches_the_floor():
     generator = torch.Generator().manual_seed(0)
     counts = torch.stack([torch.randint(E, (1000,), generator=generator).bincount(minlength=E) for _ in range(4000)])
-    found = load.cv(load.assignment_share(counts)).square().mean().sqrt().item()  # the mean of CV^2 is (E-1)/N exactly
-    assert found == pytest.approx(load.cv_floor(E, 1000), rel=0.02)
+    found = balance.cv(balance.assignment_share(counts)).square().mean().sqrt().item()  # the mean of CV^2 is (E-1)/N exactly
+    assert found == pytest.approx(balance.cv_floor(E, 1000), rel=0.02)

@@ -137,7 +137,7 @@ WORST = dict.fromkeys((*BALANCE, "max_vio_batch", "dead_share", "dropped_share")
 """Which end is worse, of the measures that have a worse end."""
 
 
-def balance(share: Tensor) -> dict[str, Tensor]:
+def measures(share: Tensor) -> dict[str, Tensor]:
     """Every measure of `BALANCE` of share [..., E]."""
     return {name: measure(share) for name, measure in BALANCE.items()}
 
