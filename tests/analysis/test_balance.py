@@ -80,25 +80,9 @@ def test_contribution_is_the_share_of_output_norms():
     torch.testing.assert_close(balance.contribution(norms), torch.tensor([0.75, 0.25]).double())
 
 
-def test_decisiveness_is_zero_for_a_constant_router_and_ln_e_for_a_specialised_one():
-    constant = SKEWED.expand(100, E)
-    assert balance.decisiveness(constant.mean(0), balance.entropy(constant).mean()).item() == pytest.approx(0, abs=1e-12)
-    specialised = torch.eye(E, dtype=torch.float64).repeat(10, 1)
-    assert balance.decisiveness(specialised.mean(0), balance.entropy(specialised).mean()).item() == pytest.approx(math.log(E))
-    torch.testing.assert_close(balance.router_entropy(specialised), torch.zeros(80).double())
-
-
 def test_nothing_counted_is_nan_not_zero():
     share = balance.assignment_share(torch.zeros(2, E))
     assert all(value.isnan().all() for value in balance.measures(share).values())
-    assert balance.over_sites("cv", balance.cv(share)) == {}
-
-
-def test_worst_site_is_the_less_balanced_one():
-    shares = torch.stack([UNIFORM, ONE_HOT])
-    assert balance.over_sites("cv", balance.cv(shares))["cv_worst"] == pytest.approx(math.sqrt(E - 1))
-    assert balance.over_sites("effective_experts", balance.effective_experts(shares))["effective_experts_worst"] == pytest.approx(1)
-    assert balance.over_sites("mean_active", torch.tensor([1.0, 2.0])) == {"mean_active": 1.5}
 
 
 def test_uniform_routing_by_chance_reaches_the_floor():
@@ -106,3 +90,10 @@ def test_uniform_routing_by_chance_reaches_the_floor():
     counts = torch.stack([torch.randint(E, (1000,), generator=generator).bincount(minlength=E) for _ in range(4000)])
     found = balance.cv(balance.assignment_share(counts)).square().mean().sqrt().item()  # the mean of CV^2 is (E-1)/N exactly
     assert found == pytest.approx(balance.cv_floor(E, 1000), rel=0.02)
+
+
+def test_simulated_floors():
+    """Values of the measures' source for 8 experts: CV .081, MaxVio .13, Gini .044 at 1,000 assignments, and .025, .040, .014 at 10,000."""
+    few, many = (balance.floors(E, n, draws=200) for n in (1000, 10_000))
+    assert [few[name] for name in ("cv", "max_vio", "gini")] == pytest.approx([0.081, 0.13, 0.044], rel=0.05)
+    assert [many[name] for name in ("cv", "max_vio", "gini")] == pytest.approx([0.025, 0.040, 0.014], rel=0.06)
