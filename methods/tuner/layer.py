@@ -9,7 +9,9 @@ Shapes: B sequences, L positions, T = B L tokens, d width, G linears that share 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -155,7 +157,17 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
                 routing = sequence_decision(router, name, hidden, self.context, decide).per_token(hidden.shape[1])
         if self.context.recorder is not None:
             self._record(mixture, [place], routing.map(lambda t: t.unsqueeze(1)))
-        return routing
+        change = self.context.changes.get(self.site_name(mixture, place)) if self.context.changes else None
+        return routing if change is None else replace(routing, weights=change(routing.weights), ids=None)
+
+    @contextmanager
+    def within(self, context: Context) -> Iterator[None]:
+        """Modules of this layer called inside run as in a pass with this context."""
+        self.live = Live(context, self.plan)
+        try:
+            yield
+        finally:
+            self.live = None
 
     @property
     def context(self) -> Context:
@@ -208,7 +220,10 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             scores = scores + bias
         routing = term.mixture.router.route(scores.view(scores.shape[0], len(term.places), -1), self.training)
         self._record(term.mixture, [p.role for p in term.places], routing)
-        return routing.weights
+        if not self.context.changes:
+            return routing.weights
+        changes = [self.context.changes.get(self.site_name(term.mixture, p.role), lambda w: w) for p in term.places]
+        return torch.stack([change(w) for change, w in zip(changes, routing.weights.unbind(1), strict=True)], 1)
 
     def _record(self, mixture: Mixture, places: list[str], routing: Routing) -> None:
         """Hand a routing [T, G, E] of G places to the open recorder."""

@@ -1,0 +1,124 @@
+"""What each expert of a routed place does, all experts on the same tokens, those too that the router did not select.
+
+    with watch(model, ["model.layers.0.q"]) as watched:
+        model(**batch, use_cache=False)
+    watched["model.layers.0.q"].low_rank()         # experts on one linear: rank-side outputs and B, no wide tensor
+    watched["model.layers.0.block"].outputs()      # any experts: the place is run again with one expert alone, weight 1
+    watched["model.layers.0.block"].removed()      # ... and with one expert left out
+
+Shapes: B sequences, L positions, T = B L tokens, E router outputs, R rank rows, d width of what the place gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .bank import LinearExperts
+from .recorder import Context
+
+if TYPE_CHECKING:
+    from .tuner.sites import Site
+
+Change = Callable[[Tensor], Tensor]
+"""Weights [T, E] that the router decided -> those that the experts are given."""
+
+
+@dataclass
+class Watched:
+    """One routed place as one forward pass met it. read [B, L, d_in]: what its router and experts read."""
+
+    site: Site
+    read: Tensor
+    args: tuple
+    kwargs: dict[str, Any]
+    context: Context
+
+    @torch.no_grad()
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """(p [E, T, R], B [d, R]) of experts on a linear: `p_e B^T` is what expert e adds, alone, with weight 1. Scales are in p."""
+        (view,) = self.site.banks
+        s = (self.read.flatten(0, -2).to(view.A.dtype) @ view.A.T).unsqueeze(1)
+        constants = self.site.layer._constants_of(view.part, s.device)
+        given = [torch.zeros(view.part.n, device=s.device), *torch.eye(view.part.n, device=s.device)]
+        nothing, *alone = (view.part.mix(s, w.expand(len(s), 1, -1), constants)[:, 0] for w in given)
+        return torch.stack(alone) - nothing, view.B
+
+    @torch.no_grad()
+    def outputs(self) -> Tensor:
+        """[E, T, d]: what the place gives with expert e alone and weight 1, minus what the frozen model gives there.
+
+        At a block the frozen side is the layer with all weights 0, since it may hold other mixtures.
+        """
+        frozen = (
+            self.run(torch.zeros_like) if self.site.kind == "block" else _hidden(self.site.module.base_layer(*self.args, **self.kwargs))
+        )
+
+        def alone(e: int) -> Tensor:
+            return self.run(lambda w: torch.nn.functional.one_hot(torch.full_like(w[:, 0], e, dtype=torch.long), w.shape[1]).to(w.dtype))
+
+        return torch.stack([(alone(e) - frozen).flatten(0, -2) for e in range(len(self.site.experts))])
+
+    @torch.no_grad()
+    def removed(self) -> Tensor:
+        """[E, T, d]: what the place gives as routed, minus what it gives with expert e's weight at 0. 0 where e was not selected."""
+        whole = self.run(lambda w: w)
+
+        def without(e: int) -> Tensor:
+            return self.run(lambda w: w * (torch.arange(w.shape[1], device=w.device) != e))
+
+        return torch.stack([(whole - without(e)).flatten(0, -2) for e in range(len(self.site.experts))])
+
+    def run(self, change: Change) -> Tensor:
+        """Output [B, L, d] of the place with the router's weights replaced, all else as in the pass."""
+        context = replace(self.context, recorder=None, gates={}, seen=set(), shared={}, changes={self.site.name: change})
+        if self.site.kind == "block":
+            return _hidden(self.site.module(*self.args, **(self.kwargs | {"mixture_context": context})))
+        with self.site.layer.within(context):
+            return _hidden(self.site.module(*self.args, **self.kwargs))
+
+
+def can_run(site: Site) -> bool:
+    """Whether `outputs` tells experts apart from the frozen model: not at a block whose experts replace a part of it."""
+    return site.router is not None and not (site.kind == "block" and any(getattr(view.part, "replaces", False) for view in site.banks))
+
+
+def has_low_rank(site: Site) -> bool:
+    """Whether the experts are one bank of low-rank pairs on one linear."""
+    return site.kind == "linear" and len(site.banks) == 1 and isinstance(site.banks[0].part, LinearExperts)
+
+
+@contextmanager
+def watch(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, Watched]]:
+    """Keeps how the routed places `names` of a PeftModel are called by the pass inside (the last one, where there are several)."""
+    watched: dict[str, Watched] = {}
+    handles = [h for site in model.base_model.sites() if site.name in names for h in _hooks(site, watched)]
+    try:
+        yield watched
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hooks(site: Site, watched: dict[str, Watched]) -> Iterator[Any]:
+    def called(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        read = args[0] if args else kwargs["hidden_states"]
+        context = kwargs.get("mixture_context") or site.layer.context
+        watched[site.name] = Watched(site, read.detach(), args, kwargs, context)
+
+    def attends(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        watched[site.name].read = (args[0] if args else kwargs["hidden_states"]).detach()
+
+    yield site.module.register_forward_pre_hook(called, with_kwargs=True)
+    if site.kind == "block" and site.mixture.input == "normed":
+        yield site.layer.layer.attention.register_forward_pre_hook(attends, with_kwargs=True)
+
+
+def _hidden(output: Any) -> Tensor:
+    """A decoder layer may give its hidden states alone or first of several."""
+    return output[0] if isinstance(output, tuple) else output
