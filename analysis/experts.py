@@ -23,15 +23,13 @@ ZERO = 1e-8
 # Outputs
 
 
-def rank_coordinates(p: Tensor, b: Tensor, owner: Tensor) -> Tensor:
-    """Outputs [E, n, min(R, d_out)] of low-rank experts, `O_e = P_e B_e^T`, in an orthonormal basis of the columns of B.
+def rank_coordinates(p: Tensor, b: Tensor) -> Tensor:
+    """Outputs [E, n, min(R, d)] of low-rank experts, `O_e = P_e B^T`, in an orthonormal basis of the columns of B [d, R].
 
-    p [n, R]: projections x A^T. With B = Q C, `O_e Q = P_e C_e^T`: no n x d_out tensor, O(n R^2).
+    p [E, n, R]: rank-side outputs, for LoRA x A^T where the expert owns the rank row and 0 elsewhere. With B = Q C, `O_e Q = P_e C^T`:
+    O(n R^2) an expert, no n x d tensor.
     """
-    c = torch.linalg.qr(b.double()).R  # [k, R]
-    experts = int(owner.max()) + 1
-    member = torch.nn.functional.one_hot(owner, experts).T.double()  # [E, R]
-    return (p.double().unsqueeze(0) * member.unsqueeze(1)) @ c.T
+    return p.double() @ torch.linalg.qr(b.double()).R.T
 
 
 def norms(outputs: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moabench.methods.spec import ConfigError
 
-from . import batches, cache, mixes, tasks
+from . import batches, cache, mixes, readings, tasks
 from .batches import Example
 from .trainer import MixtureTrainer
 
@@ -31,7 +31,8 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 @dataclass(frozen=True)
 class TrainResult:
-    """metrics: `train/...`, `memory/peak_bytes`, `load/train_...`; history: a row a logged step; routing: a row an expert."""
+    """metrics: `train/...`, `memory/peak_bytes`, `load/train_...`, `routing/train_...`; history: a row a logged step; routing: a row an
+    expert."""
 
     metrics: dict[str, float]
     history: list[dict[str, Any]]
@@ -74,7 +75,7 @@ def train(
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resume else None)
     history = [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss/total" in row]
     metrics = _summary(history, trainer.tally) | peak | {"train/steps": steps, "train/cut_examples": cut}
-    return TrainResult(metrics, history, trainer.tally.load.rows("train", f"{cfg.mix.name}@{cfg.data.source}"))
+    return TrainResult(metrics, history, readings.rows(trainer.tally.load, "train", f"{cfg.mix.name}@{cfg.data.source}"))
 
 
 def encode_rows(tokenizer, rows: list[dict], cfg: RunConfig, skills: Sequence[str] = ()) -> tuple[list[Example], int]:
@@ -169,7 +170,7 @@ def _summary(history: list[dict[str, Any]], tally) -> dict[str, float]:
     return (
         {f"train/loss_{name}": value for name, value in losses.items()}
         | {"train/seconds": tally.seconds, "train/tokens": tally.tokens, "train/tokens_per_second": tally.tokens / tally.seconds}
-        | {f"load/train_{name}": value for name, value in tally.load.measures().items()}
+        | {name.replace("/", "/train_", 1): value for name, value in readings.measures(tally.load).items()}
     )
 
 

@@ -19,6 +19,11 @@ def drawn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def owned(p, owner):
+    """[E, N, R]: projections p [N, R] where the expert owns the rank row, 0 elsewhere."""
+    return torch.stack([p * (owner == e) for e in range(int(owner.max()) + 1)])
+
+
 @pytest.fixture
 def pairs():
     """x [N, D_IN], a [R, D_IN], b [D_OUT, R] of three experts of different ranks, and their explicit outputs [E, N, D_OUT]."""
@@ -29,7 +34,7 @@ def pairs():
 
 def test_rank_space_is_the_explicit_one(pairs):
     x, a, b, outputs = pairs
-    coordinates = experts.rank_coordinates(x @ a.T, b, OWNER)
+    coordinates = experts.rank_coordinates(owned(x @ a.T, OWNER), b)
     assert coordinates.shape == (3, N, sum(RANKS))
     torch.testing.assert_close(coordinates @ coordinates.mT, outputs @ outputs.mT)
     torch.testing.assert_close(experts.output_cosine(coordinates), experts.output_cosine(outputs))
@@ -45,7 +50,7 @@ def test_more_rank_rows_than_outputs():
     x, a, b = drawn(N, D_IN), drawn(12, D_IN, seed=1), drawn(6, 12, seed=2)
     owner = torch.arange(12) // 4
     outputs = torch.stack([x @ a[e == owner].T @ b[:, e == owner].T for e in range(3)])
-    coordinates = experts.rank_coordinates(x @ a.T, b, owner)
+    coordinates = experts.rank_coordinates(owned(x @ a.T, owner), b)
     assert coordinates.shape == (3, N, 6)
     torch.testing.assert_close(experts.cka(coordinates), experts.cka(outputs))
 
