@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,6 +87,22 @@ def over_sites(name: str, values: Tensor) -> dict[str, float]:
         return {}
     worst = {"high": torch.amax, "low": torch.amin, None: None}[MEASURES[name].worst]
     return {name: values.mean().item()} | ({f"{name}_worst": worst(values, 0).item()} if worst else {})
+
+
+def headlines(metrics: Mapping[str, float], heterogeneous: bool) -> dict[str, float]:
+    """The five `headline/...` numbers of a run and their `_worst`, where their measures are defined.
+
+    heterogeneous: experts of different kinds or at different places under one router, whose effects gates do not tell.
+    """
+    sources = {
+        "max_vio": "load/max_vio",
+        "effective_experts": "load/contribution_effective_experts" if heterogeneous else "load/effective_experts",
+        "mi_minus_null": next((key for label in ("skill", "task") if (key := f"specialisation/{label}_mi_minus_null") in metrics), ""),
+        "expert_cka": "experts/cka",
+        "erank_ratio": "representation/erank_ratio",
+    }
+    found = {f"headline/{name}{end}": metrics.get(f"{key}{end}") for name, key in sources.items() for end in ("", "_worst")}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def table() -> str:

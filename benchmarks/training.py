@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from .trainer import MixtureTrainer
 
 if TYPE_CHECKING:
     from .config import RunConfig
+    from .probe import Probe
+    from .tally import Tally
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -49,8 +52,10 @@ def train(
     progress: bool,
     callbacks: Sequence[TrainerCallback] = (),
     skills: Sequence[str] = (),
+    probe: Probe | None = None,
 ) -> TrainResult:
-    """Trains what is trainable of `model`, in place; nothing happens where nothing is. skills: names in the order of their ids.
+    """Trains what is trainable of `model`, in place; nothing happens where nothing is. skills: names in the order of their ids. probe:
+    measures while training goes on; its time is no training time.
 
     Checkpoints go to run_dir/checkpoints; with `resume` the last one is continued, and the result equals an uninterrupted run's.
     Raises ConfigError for rows that cannot be trained on and for a loss that is not finite.
@@ -71,6 +76,8 @@ def train(
             data_collator=partial(_collate, pad=tokenizer.pad_token_id or 0, loss=cfg.train.loss),
             callbacks=[_Progress(progress), *callbacks],
         )
+        if probe is not None:
+            trainer.add_callback(Probing(probe, trainer.tally, folder / "probe.pt", resume))
         trainer.tally.start()
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resume else None)
     history = [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss/total" in row]
@@ -193,6 +200,30 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+class Probing(TrainerCallback):
+    """Measures at the probe's steps, and keeps what was found beside the checkpoints."""
+
+    def __init__(self, probe: Probe, tally: Tally, path: Path, resume: bool):
+        self.probe, self.tally, self.path, self.resume = probe, tally, path, resume
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self._measure(model, state)
+        elif self.resume:
+            self.probe.load(self.path, state.global_step)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.probe.steps(state.max_steps):
+            self._measure(model, state)
+
+    def _measure(self, model, state) -> None:
+        start = time.perf_counter()
+        self.probe.measure(model, state.global_step)
+        if state.is_world_process_zero:
+            self.probe.save(self.path)
+        self.tally.pause(time.perf_counter() - start)
 
 
 class LiveLog(TrainerCallback):
