@@ -3,7 +3,7 @@
 Pure functions. `outputs` [E, n, k] are what E experts add for n tokens, all experts on the same tokens, those not selected too, before
 weighting; k is the width d, or any isometric coordinates (`rank_coordinates`: cosines, CKA, ranks and norms do not change). Low-rank
 experts of one linear are `a` [R, d_in], `b` [d_out, R] and `owner` [R], the expert of each rank row, with the scale in `b`.
-Sums are taken in fp64. What is undefined (no output, one expert) is NaN.
+Small sums are taken in fp64. What is undefined (no output, one expert) is NaN.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def cka(outputs: Tensor, debiased: bool = True) -> Tensor:
     upwards unless n is much larger than the width. Debiased: HSIC by its unbiased estimator (Song et al. 2012; as here in arXiv
     2010.15327), which may fall a little below 0; needs n > 3.
     """
-    x = outputs.double()
-    x = x - x.mean(1, keepdim=True)
+    x = outputs - outputs.mean(1, keepdim=True)
     n, inner = x.shape[1], _gram_products(x)
+    x = x.double()
     if debiased:
         if n <= 3:
             return torch.full_like(inner, math.nan)
@@ -74,12 +74,12 @@ def cka(outputs: Tensor, debiased: bool = True) -> Tensor:
 
 
 def _gram_products(x: Tensor) -> Tensor:
-    """`tr(K_i K_j) = |X_i^T X_j|_F^2` [E, E] of x [E, n, k], by the smaller of the two forms."""
+    """`tr(K_i K_j) = |X_i^T X_j|_F^2` [E, E] in fp64 of x [E, n, k], by the smaller of the two forms, its wide product in x's own dtype."""
     e, n, k = x.shape
     if e * k * k <= n * n:
         columns = x.transpose(0, 1).flatten(1)
-        return (columns.T @ columns).view(e, k, e, k).square().sum((1, 3))
-    grams = (x @ x.mT).flatten(1)
+        return (columns.T @ columns).double().view(e, k, e, k).square().sum((1, 3))
+    grams = (x @ x.mT).double().flatten(1)
     return grams @ grams.T
 
 

@@ -196,6 +196,8 @@ class ProbeConfig:
 
     tokens: Annotated[int, Bound(ge=8)] = 1024
     """Real tokens of the set."""
+    alone: Annotated[int, Bound(ge=8)] = 256
+    """Most of them on which blocks and feed-forward experts are run again with one expert alone, one left out."""
     sites: Count = 8
     """Most routed places, and most layers, that are measured, spread over depth."""
     times: Annotated[int, Bound(ge=0)] = 10

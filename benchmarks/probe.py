@@ -11,8 +11,11 @@ what it is: low-rank pairs on one linear are measured in rank space, anything el
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +40,30 @@ if TYPE_CHECKING:
     from moabench.methods import Routing
     from moabench.methods.tuner.sites import Site
 
+    from .batches import Example
     from .config import RunConfig
 
 Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass over a batch: the routing of every site, and how the watched places were called. real [T]: no padding."""
+
+    routing: dict[str, Routing]
+    watched: dict[str, Watched]
+    real: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: dict[str, Any], names: set[str]) -> Pass:
+        if not names:
+            batches.forward(model, batch, kept=1)
+            return cls({}, {}, batch["attention_mask"].bool().flatten())
+        with record(model) as recorder, watch(model, names) as watched:
+            batches.forward(model, batch, kept=1)
+        routing = recorder.routing
+        device = next(iter(routing.values())).weights.device
+        return cls(routing, watched, batch["attention_mask"].bool().flatten().to(device))
 
 
 class Probe:
@@ -48,9 +72,11 @@ class Probe:
     def __init__(self, cfg: RunConfig, model: nn.Module, tokenizer: Any, skills: Sequence[str] = ()):
         self.set, self.sites, self.times = probe_set(cfg, tokenizer), cfg.probe.sites, cfg.probe.times
         number = {name: i for i, name in enumerate(skills)}
-        self.batch = batches.collate(self.set.examples, tokenizer.pad_token_id or 0)
-        self.batch["skill_ids"] = torch.tensor([number.get(skill, -1) for skill in self.set.skills])
-        self.real = self.batch["attention_mask"].bool().flatten()
+        examples = [replace(e, skill=number.get(skill, -1)) for e, skill in zip(self.set.examples, self.set.skills, strict=True)]
+        self.batch, self.part = (
+            batches.collate(some, tokenizer.pad_token_id or 0) for some in (examples, first_tokens(examples, cfg.probe.alone))
+        )
+        """All examples, and those on which places are run again for each expert."""
         names = list(_layers(model))
         self.layers = {index: names[index] for index in spread(len(names), self.sites)}
         self.rows: list[dict[str, Any]] = []
@@ -67,18 +93,19 @@ class Probe:
 
     def measure(self, model: nn.Module, step: int) -> None:
         """Adds what `model` is now as the rows of `step`."""
-        with torch.no_grad(), undisturbed(model), ExitStack() as stack:
-            routed = [site for site in _sites(model) if site.router is not None]
-            chosen = [routed[i] for i in spread(len(routed), self.sites)]
-            hidden = stack.enter_context(self._hidden(model))
-            watched = stack.enter_context(watch(model, {site.name for site in chosen})) if chosen else {}
-            recorder = stack.enter_context(record(model))
-            batches.forward(model, self.batch, kept=1)
-            routing = recorder.routing
+        routed = [site for site in _sites(model) if site.router is not None]
+        chosen = [routed[i] for i in spread(len(routed), self.sites)]
+        again = {site.name for site in chosen if can_run(site) and not has_low_rank(site)}
+        with torch.no_grad(), undisturbed(model):
+            with self._hidden(model) as hidden:
+                whole = Pass.of(model, self.batch, {site.name for site in chosen})
+            part = Pass.of(model, self.part, again) if again else whole
             for index, x in hidden.items():
                 self._add(step, self.layers[index], self._representation(index, x))
             for site in chosen:
-                self._site(step, watched[site.name], routing, _predecessor(site, routed))
+                values = self._routing(step, site, whole, _predecessor(site, routed)) | _geometry(site, whole)
+                values |= self._experts(step, site, part if site.name in again else whole) | self._weights(step, site)
+                self._add(step, site.name, values)
 
     def metrics(self) -> dict[str, float]:
         """Measures of the last probe: mean over sites, and worst. Adds the rows of routing saturation, which need the end."""
@@ -98,9 +125,8 @@ class Probe:
         """What probe.json says: the tokens by their hash, and where and when was measured."""
         sites = dict.fromkeys(row["site"] for row in self.rows)
         steps = dict.fromkeys(row["step"] for row in self.rows)
-        return {
-            "hash": self.set.hash, "tokens": self.set.tokens, "sequences": len(self.set.examples), "steps": list(steps), "sites": list(sites),
-        }  # fmt: skip
+        tokens = {"hash": self.set.hash, "tokens": self.set.tokens, "alone": int(self.part["attention_mask"].sum())}
+        return tokens | {"sequences": len(self.set.examples), "steps": list(steps), "sites": list(sites)}
 
     def save(self, path: Path) -> None:
         """For a run that is interrupted."""
@@ -126,7 +152,7 @@ class Probe:
         def keep(index: int):
             def hook(module: nn.Module, args: tuple, output: Any) -> None:
                 x = output[0] if isinstance(output, tuple) else output
-                found[index] = x.detach().flatten(0, -2)[self.real.to(x.device)].float()
+                found[index] = x.detach()[self.batch["attention_mask"].bool().to(x.device)].float()
 
             return hook
 
@@ -158,64 +184,45 @@ class Probe:
             "representation/over_smoothing": representation.over_smoothing(padded, real),
         }
 
-    def _site(self, step: int, w: Watched, routing: dict[str, Routing], before: str | None) -> None:
-        site, r = w.site, routing[w.site.name]
-        real = self.real.to(r.weights.device)
-        share = balance.membership(r.weights[real])
-        x = w.read.flatten(0, -2)[real].float()
-        values: Values = {}
-        if r.granularity == "token":
-            rc, shuffled = representation.within_between(x, share), representation.shuffled_within_between(x, share)
-            values |= {"representation/rc": rc, "representation/rc_shuffled": shuffled}
-            values["representation/clustering"] = representation.clustering(rc, shuffled)
-        if isinstance(site.router, LinearRouter):
-            weight = site.router.heads(site.tensors)[0][: len(site.experts)]
-            values["representation/span_share"] = representation.span_share(x, weight)
-            values["representation/router_cosine"] = representation.row_cosine(weight)
-            values["representation/router_erank"] = experts.effective_rank(experts.spectrum(weight, centre=False))
-        values |= self._routing(step, site.name, r, share, routing.get(before))
-        if before is not None:
-            earlier = balance.membership(routing[before].weights[real])
-            self.matrices += matrix_rows(step, site.name, "affinity", measure.affinity(earlier, share))
-        values |= self._experts(step, w, r.weights[real]) | self._weights(step, site)
-        self._add(step, site.name, values)
-
-    def _routing(self, step: int, name: str, r: Routing, share: Tensor, before: Routing | None) -> Values:
+    def _routing(self, step: int, site: Site, found: Pass, before: str | None) -> Values:
         """Fluctuation since the probe before, affinity with the layer before, and what the token id says."""
-        real, values = self.real.to(share.device), {}
-        choice = (r.chosen[real] if r.ids is not None else share.half()).cpu()
+        r, values = found.routing[site.name], {}
+        share = balance.membership(r.weights[found.real])
+        choice = (r.chosen[found.real] if r.ids is not None else share.half()).cpu()
         earlier = [at for at in self.choices if at < step]
         if earlier:
-            values["routing/fluctuation"] = _changed(self.choices[max(earlier)][name], choice)
-        self.choices.setdefault(step, {})[name] = choice
+            values["routing/fluctuation"] = _changed(self.choices[max(earlier)][site.name], choice)
+        self.choices.setdefault(step, {})[site.name] = choice
         if before is not None:
-            values["routing/affinity"] = measure.affinity_information(balance.membership(before.weights[real]), share)
+            previous = balance.membership(found.routing[before].weights[found.real])
+            values["routing/affinity"] = measure.affinity_information(previous, share)
+            self.matrices += matrix_rows(step, site.name, "affinity", measure.affinity(previous, share))
         if r.granularity == "token":
-            ids = self.batch["input_ids"].flatten()[self.real]
-            _, numbers = ids.unique(return_inverse=True)
-            counts, shuffled = (_token_counts(share, order) for order in (numbers, numbers[_order(len(numbers))]))
+            ids = self.batch["input_ids"].flatten()[found.real.cpu()].unique(return_inverse=True)[1]
+            shuffled = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+            counts, chance = (specialisation.token_counts(share, numbers, int(ids.max()) + 1) for numbers in (ids, shuffled))
             values["specialisation/token_id"] = specialisation.token_id_share(counts)
-            values["specialisation/token_id_null"] = specialisation.token_id_share(shuffled)
+            values["specialisation/token_id_null"] = specialisation.token_id_share(chance)
             values["specialisation/vocabulary"] = specialisation.vocabulary_specialisation(counts)
         return values
 
-    def _experts(self, step: int, w: Watched, weights: Tensor) -> Values:
-        """Measures of the experts' outputs on the real tokens, and of what they contribute as routed with weights [T, E]."""
-        real = self.real.to(weights.device)
-        if has_low_rank(w.site):
+    def _experts(self, step: int, site: Site, found: Pass) -> Values:
+        """Measures of the experts' outputs on the real tokens, and of what they contribute as routed."""
+        w, real = found.watched[site.name], found.real
+        if has_low_rank(site):
             p, b = w.low_rank()
             outputs = experts.rank_coordinates(p[:, real], b)
-        elif can_run(w.site):
-            outputs = w.outputs()[:, real]
+        elif can_run(site):
+            outputs = w.outputs()[:, real].float()
         else:
             return {}
-        if w.site.kind == "block":
+        if site.kind == "block":
             norms = experts.norms(w.removed()[:, real])
         else:
-            norms = weights * experts.norms(outputs)
+            norms = found.routing[site.name].weights[real] * experts.norms(outputs)
         share = balance.contribution(norms.double().sum(0))
         cka, cosine = experts.cka(outputs), experts.output_cosine(outputs)
-        self.matrices += matrix_rows(step, w.site.name, "output_cka", cka) + matrix_rows(step, w.site.name, "output_cosine", cosine)
+        self.matrices += matrix_rows(step, site.name, "output_cka", cka) + matrix_rows(step, site.name, "output_cosine", cosine)
         return {
             "experts/cka": experts.off_diagonal(cka),
             "experts/output_cosine": experts.off_diagonal(cosine),
@@ -250,6 +257,12 @@ def spread(count: int, most: int) -> list[int]:
     return [round(i * (count - 1) / max(1, chosen - 1)) for i in range(chosen)]
 
 
+def first_tokens(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """The first examples that have at most `tokens` tokens together, at least one."""
+    total = list(accumulate(len(e.ids) for e in examples))
+    return list(examples[: max(1, bisect_right(total, tokens))])
+
+
 def _predecessor(site: Site, sites: Sequence[Site]) -> str | None:
     """The same place one routed layer before."""
     alike = [s.name for s in sites if s.place == site.place and s.mixture.name == site.mixture.name]
@@ -262,12 +275,21 @@ def _changed(before: Tensor, after: Tensor) -> Tensor:
     return measure.fluctuation(before, after) if before.dtype == torch.bool else measure.total_variation(before, after)
 
 
-def _token_counts(share: Tensor, numbers: Tensor) -> Tensor:
-    return specialisation.token_counts(share, numbers, int(numbers.max()) + 1)
-
-
-def _order(count: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+def _geometry(site: Site, found: Pass) -> Values:
+    """How the router's input is arranged around its choices, and the router's own rows."""
+    r, values = found.routing[site.name], {}
+    x = found.watched[site.name].read.flatten(0, -2)[found.real].float()
+    if r.granularity == "token":
+        share = balance.membership(r.weights[found.real])
+        rc, shuffled = representation.within_between(x, share), representation.shuffled_within_between(x, share)
+        values = {"representation/rc": rc, "representation/rc_shuffled": shuffled}
+        values["representation/clustering"] = representation.clustering(rc, shuffled)
+    if isinstance(site.router, LinearRouter):
+        weight = site.router.heads(site.tensors)[0][: len(site.experts)]
+        values["representation/span_share"] = representation.span_share(x, weight)
+        values["representation/router_cosine"] = representation.row_cosine(weight)
+        values["representation/router_erank"] = experts.effective_rank(experts.spectrum(weight, centre=False))
+    return values
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:

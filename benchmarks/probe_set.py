@@ -1,6 +1,6 @@
 """The tokens that every probe of a study reads: derived from data, protocol and tokenizer, never from method or seed, and kept by content.
 
-Whole questions with their right answers, from the evaluated tasks in turn, until there are `probe.tokens` tokens (the last question is cut).
+Whole questions with their right answers, from the evaluated tasks in turn, until there are `probe.tokens` tokens (the last is cut).
 """
 
 from __future__ import annotations

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from .bank import LinearExperts
 from .recorder import Context
+from .routing import Routing, one_hot
 
 if TYPE_CHECKING:
     from .tuner.sites import Site
 
-Change = Callable[[Tensor], Tensor]
-"""Weights [T, E] that the router decided -> those that the experts are given."""
+Change = Callable[[Routing], Routing]
+"""The routing [T, E] that the router decided -> the one that the experts are given."""
 
 
 @dataclass
@@ -56,31 +57,38 @@ class Watched:
         At a block the frozen side is the layer with all weights 0, since it may hold other mixtures.
         """
         frozen = (
-            self.run(torch.zeros_like) if self.site.kind == "block" else _hidden(self.site.module.base_layer(*self.args, **self.kwargs))
+            self.run(lambda r: weighted(r, torch.zeros_like(r.weights)))
+            if self.site.kind == "block"
+            else _hidden(self.site.module.base_layer(*self.args, **self.kwargs))
         )
 
         def alone(e: int) -> Tensor:
-            return self.run(lambda w: torch.nn.functional.one_hot(torch.full_like(w[:, 0], e, dtype=torch.long), w.shape[1]).to(w.dtype))
+            return self.run(lambda r: one_hot(torch.full_like(r.weights[:, 0], e, dtype=torch.long), r.weights.shape[1]))
 
         return torch.stack([(alone(e) - frozen).flatten(0, -2) for e in range(len(self.site.experts))])
 
     @torch.no_grad()
     def removed(self) -> Tensor:
         """[E, T, d]: what the place gives as routed, minus what it gives with expert e's weight at 0. 0 where e was not selected."""
-        whole = self.run(lambda w: w)
+        whole = self.run(lambda r: r)
 
         def without(e: int) -> Tensor:
-            return self.run(lambda w: w * (torch.arange(w.shape[1], device=w.device) != e))
+            return self.run(lambda r: weighted(r, r.weights * (torch.arange(r.weights.shape[1], device=r.weights.device) != e)))
 
         return torch.stack([(whole - without(e)).flatten(0, -2) for e in range(len(self.site.experts))])
 
     def run(self, change: Change) -> Tensor:
-        """Output [B, L, d] of the place with the router's weights replaced, all else as in the pass."""
+        """Output [B, L, d] of the place with the router's decision replaced, all else as in the pass."""
         context = replace(self.context, recorder=None, gates={}, seen=set(), shared={}, changes={self.site.name: change})
         if self.site.kind == "block":
             return _hidden(self.site.module(*self.args, **(self.kwargs | {"mixture_context": context})))
         with self.site.layer.within(context):
             return _hidden(self.site.module(*self.args, **self.kwargs))
+
+
+def weighted(routing: Routing, weights: Tensor) -> Routing:
+    """The routing with other weights, of which any may be 0 or not."""
+    return replace(routing, weights=weights, chosen=weights != 0, ids=None)
 
 
 def can_run(site: Site) -> bool:

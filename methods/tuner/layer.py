@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -158,7 +158,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         if self.context.recorder is not None:
             self._record(mixture, [place], routing.map(lambda t: t.unsqueeze(1)))
         change = self.context.changes.get(self.site_name(mixture, place)) if self.context.changes else None
-        return routing if change is None else replace(routing, weights=change(routing.weights), ids=None)
+        return routing if change is None else change(routing)
 
     @contextmanager
     def within(self, context: Context) -> Iterator[None]:
@@ -222,8 +222,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         self._record(term.mixture, [p.role for p in term.places], routing)
         if not self.context.changes:
             return routing.weights
-        changes = [self.context.changes.get(self.site_name(term.mixture, p.role), lambda w: w) for p in term.places]
-        return torch.stack([change(w) for change, w in zip(changes, routing.weights.unbind(1), strict=True)], 1)
+        changes = [self.context.changes.get(self.site_name(term.mixture, p.role), lambda r: r) for p in term.places]
+        return torch.stack([change(routing.map(lambda t, g=g: t[:, g])).weights for g, change in enumerate(changes)], 1)
 
     def _record(self, mixture: Mixture, places: list[str], routing: Routing) -> None:
         """Hand a routing [T, G, E] of G places to the open recorder."""

@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from moabench import methods
-from moabench.methods.effects import can_run, has_low_rank
+from moabench.methods.effects import can_run, has_low_rank, weighted
 
 LINEAR = ["molora", "moe_lora_topk", "adamole", "hydralora", "molora_random"]
+
+
+def nothing(routing):
+    return weighted(routing, torch.zeros_like(routing.weights))
 
 
 def watched(model, names=None, **more):
@@ -31,7 +35,7 @@ def test_low_rank_outputs_are_those_of_the_place_run_with_one_expert(name):
         explicit = p @ b.T
         tiny.assert_near(site, explicit, w.outputs(), 1e-4)
         mixed = torch.einsum("te,etd->td", routing[site].weights, explicit)
-        whole = (w.run(lambda weights: weights) - w.site.module.base_layer(*w.args)).flatten(0, -2)
+        whole = (w.run(lambda r: r) - w.site.module.base_layer(*w.args)).flatten(0, -2)
         tiny.assert_near(site, mixed, whole, 1e-4)
 
 
@@ -66,7 +70,7 @@ def test_an_expert_left_out_is_one_whose_output_tensors_are_zero(name):
     name = "model.layers.0.block"
     found, _ = watched(model, [name])
     removed, w = found[name].removed(), found[name]
-    whole = w.run(lambda weights: weights)
+    whole = w.run(lambda r: r)
     for e, expert in enumerate(w.site.experts):
         bank = next(view for view in w.site.banks if expert in (view.place, view.name))
         ends = [tensor for key, tensor in bank.tensors.items() if key in ("B", "gamma", "up", "up_bias")]
@@ -74,7 +78,7 @@ def test_an_expert_left_out_is_one_whose_output_tensors_are_zero(name):
         for tensor in ends:
             tensor.data.zero_()
         again, _ = watched(model, [name])
-        without = again[name].run(lambda weights: weights)
+        without = again[name].run(lambda r: r)
         for tensor, value in zip(ends, kept, strict=True):
             tensor.data.copy_(value)
         tiny.assert_near(expert, removed[e], (whole - without).flatten(0, 1), 1e-3)
@@ -92,7 +96,7 @@ def test_a_block_with_one_expert_alone_is_the_frozen_layer_plus_its_effect():
     plain = tiny.base().model.layers[1]  # the same weights without any wrapper
     plain.mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.update(x=args[0]))
     frozen = plain(*w.args, **{key: value for key, value in w.kwargs.items() if key != "mixture_context"})
-    tiny.assert_near("frozen", w.run(torch.zeros_like), frozen, 1e-5)
+    tiny.assert_near("frozen", w.run(nothing), frozen, 1e-5)
     tiny.assert_near("down", outputs[e], (bank.scale[0] * inputs["x"] @ bank.A.T @ bank.B.T).flatten(0, 1), 1e-3)
 
 
@@ -113,11 +117,9 @@ def test_the_recorder_sees_what_the_router_decided():
     model = tiny.attached("molora")
     found, routing = watched(model)
     w = found["model.layers.0.q"]
-    changed = w.run(lambda weights: torch.zeros_like(weights))
+    changed = w.run(nothing)
     torch.testing.assert_close(changed, w.site.module.base_layer(*w.args), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        found["model.layers.0.k"].run(lambda weights: weights), w.site.layer.layer.places["k"].parent.k_proj(*w.args)
-    )
+    torch.testing.assert_close(found["model.layers.0.k"].run(lambda r: r), w.site.layer.layer.places["k"].parent.k_proj(*w.args))
     assert routing["model.layers.0.q"].weights.sum(-1).allclose(torch.ones(18))
 
 
