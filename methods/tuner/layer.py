@@ -195,7 +195,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         """Outputs [T, b] of the linears of one group, by attribute."""
         flat = x.reshape(-1, x.shape[-1])
         dropout = group.dropout if self.training else 0.0
-        pack = group.pack(self.owned, flat.dtype)
+        pack = group.pack(self.owned, flat.dtype, self.context.continues)
         linears = [parent._modules[name]._modules["base_layer"] for parent, name in group.linears]
         ys, s, z = project(linears, flat, pack.a, pack.heads, dropout)
         pieces = s.split_with_sizes(pack.sizes, -1) if len(pack.sizes) > 1 else (s,)
@@ -268,12 +268,12 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         return total
 
     def _keys_values(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Frozen keys and values of a parameter x [N, d]; kept without gradients until it changes, as decoding asks for each token."""
+        """Frozen keys and values of a parameter x [N, d]; kept while a KV cache is continued, as decoding asks for each token."""
         if torch.is_grad_enabled():
             return keys_values(self.layer, x.to(dtype))
         frozen = [base_of(getattr(p.parent, p.attribute)).weight for p in (self.layer.places["k"], self.layer.places["v"])]
         stamp = (dtype, *((t.data_ptr(), t._version) for t in (x, *frozen)))
-        if self._kept_keys.get(id(x), (None,))[0] != stamp:
+        if not self.context.continues or self._kept_keys.get(id(x), (None,))[0] != stamp:
             self._kept_keys[id(x)] = (stamp, keys_values(self.layer, x.to(dtype)))
         return self._kept_keys[id(x)][1]
 
