@@ -19,7 +19,6 @@ from .layer import MixtureLayer
 from .plan import Plan
 from .sites import Site, layer_sites
 
-
 CACHE_NAMES = ("cache", "past_key_values")
 """The KV cache among a model's inputs and outputs: from transformers 5.24 on, and before."""
 
