@@ -118,6 +118,7 @@ def _measure(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: logg
     if held_out:
         metrics |= forgetting.change(base["metrics"], found["metrics"])
     if probe is not None:
+        probe.finish()
         metrics |= probe.metrics()
         files.write_json(path / "probe.json", probe.record())
     metrics |= headlines(metrics, cfg.parsed_method.heterogeneous)

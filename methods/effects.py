@@ -44,11 +44,7 @@ class Watched:
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """(p [E, T, R], B [d, R]) of experts on a linear: `p_e B^T` is what expert e adds, alone, with weight 1. Scales are in p."""
         (view,) = self.site.banks
-        s = (self.read.flatten(0, -2).to(view.A.dtype) @ view.A.T).unsqueeze(1)
-        constants = self.site.layer._constants_of(view.part, s.device)
-        given = [torch.zeros(view.part.n, device=s.device), *torch.eye(view.part.n, device=s.device)]
-        nothing, *alone = (view.part.mix(s, w.expand(len(s), 1, -1), constants)[:, 0] for w in given)
-        return torch.stack(alone) - nothing, view.B
+        return _alone(self.site, self.read.flatten(0, -2).to(view.A.dtype) @ view.A.T), view.B
 
     @torch.no_grad()
     def outputs(self) -> Tensor:
@@ -99,6 +95,30 @@ def can_run(site: Site) -> bool:
 def has_low_rank(site: Site) -> bool:
     """Whether the experts are one bank of low-rank pairs on one linear."""
     return site.kind == "linear" and len(site.banks) == 1 and isinstance(site.banks[0].part, LinearExperts)
+
+
+@torch.no_grad()
+def low_rank_pairs(site: Site) -> list[tuple[Tensor, Tensor]]:
+    """(A_e [r, d_in], B_e [d, r]) of each expert of a bank on one linear, scale included: it adds `B_e A_e x` at weight 1."""
+    (view,) = site.banks
+    rank_side = _alone(site, torch.eye(len(view.A), dtype=view.A.dtype, device=view.A.device))  # [E, rows, R]
+    found = []
+    for m in rank_side:
+        own = m.any(0)
+        found.append((m[:, own].T @ view.A, view.B[:, own]))
+    return found
+
+
+def _alone(site: Site, s: Tensor) -> Tensor:
+    """Rank-side outputs [E, T, R] of each expert alone, weight 1, for projections s [T, rows]: the bank's own mixture of one expert.
+
+    A bank mixes projections linearly (`LinearExperts.mix`); what it gives without any expert is taken off.
+    """
+    part = site.banks[0].part
+    constants = site.layer._constants_of(part, s.device)
+    given = [torch.zeros(part.n, device=s.device), *torch.eye(part.n, device=s.device)]
+    nothing, *alone = (part.mix(s.unsqueeze(1), w.expand(len(s), 1, -1), constants)[:, 0] for w in given)
+    return torch.stack(alone) - nothing
 
 
 @contextmanager

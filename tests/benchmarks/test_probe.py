@@ -170,6 +170,7 @@ def test_fluctuation_and_saturation_follow_the_choices(name, probed):
             parameter.data.mul_(-1.5)
     probe.measure(model, 10)
     after, _ = captured(probe, model)
+    probe.finish()
     metrics = probe.metrics()
     sites = {row["site"] for row in probe.rows if row["measure"] == "routing/fluctuation"}
     changes = []

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moabench import methods
-from moabench.methods.effects import can_run, has_low_rank, weighted
+from moabench.methods.effects import can_run, has_low_rank, low_rank_pairs, weighted
 
 LINEAR = ["molora", "moe_lora_topk", "adamole", "hydralora", "molora_random"]
 
@@ -34,6 +34,9 @@ def test_low_rank_outputs_are_those_of_the_place_run_with_one_expert(name):
         p, b = w.low_rank()
         explicit = p @ b.T
         tiny.assert_near(site, explicit, w.outputs(), 1e-4)
+        for e, (a_e, b_e) in enumerate(low_rank_pairs(w.site)):
+            assert a_e.shape[0] == b_e.shape[1] == w.site.banks[0].part.ranks[e]
+            tiny.assert_near(f"{site}, pair {e}", w.read.flatten(0, 1) @ a_e.T @ b_e.T, explicit[e], 1e-4)
         mixed = torch.einsum("te,etd->td", routing[site].weights, explicit)
         whole = (w.run(lambda r: r) - w.site.module.base_layer(*w.args)).flatten(0, -2)
         tiny.assert_near(site, mixed, whole, 1e-4)
