@@ -144,6 +144,18 @@ def test_sums_reach_the_host_by_one_copy(monkeypatch):
     assert fetch([]) == []
 
 
+@pytest.mark.parametrize("k", [None, 2])
+def test_counting_never_waits_for_the_device(k):
+    """On tensors without values: whatever asked for one would fail."""
+    r = drawn(48, k=k)
+    r = r.map(lambda t: t.to("meta"))
+    r.mask = r.mask.to("meta")
+    tally = Tally(recent=Meter(pairs=True))
+    for _ in range(2):
+        tally.add({"task": torch.ones((), device="meta")}, r.mask.view(6, 8), {"a": r, "b": r})
+    assert all(t.device.type == "meta" for t in [*tally.recent.tensors(), tally.recent_tokens])
+
+
 def test_counts_by_sequence_are_loops_over_sequences():
     sparse, soft = drawn(12, k=2), drawn(12, seed=1)
     counts = sequence_counts([sparse, soft], (3, 4))
