@@ -1,11 +1,12 @@
 """What a routed adapter costs: rivals in one process, interleaved, medians, as ratios, after a check that they agree.
 
-    python -m moabench.benchmarks.speed                      # all three tables, fp32 and bf16, one thread
+    python -m moabench.benchmarks.speed                      # all tables, fp32 and bf16, one thread
     python -m moabench.benchmarks.speed model --dtype fp32 --threads 2 --rounds 9
 
 `mixture`  one mixture alone, forward and backward, against a Python loop over its experts written from its equation
 `linear`   a frozen linear with a mixture of 8 experts against PEFT's LoRA r = 8 in its default settings
 `model`    the train step and greedy decoding of a whole Llama, every method against the frozen base, beside its FLOP floor
+`measures` what counting expert load and routing adds to a train step of the shipped base, a row of the history every ten steps included
 
 Times are CPU time of the process with one thread, wall time otherwise. Exit code 1 where rivals disagree.
 """
@@ -28,6 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moabench.methods as methods
+from moabench.benchmarks.config import ModelConfig
+from moabench.benchmarks.model import load_model
+from moabench.benchmarks.tally import Tally
 from moabench.kernels import lowrank
 from moabench.kernels.mix_ffn import mix_ffn
 from moabench.methods import catalog
@@ -298,19 +302,43 @@ def bench_model(dtype: torch.dtype, width: int, rounds: int, batch: int = 16, le
         print(f"  {name:16s} {ratio:6.2f} {low:6.2f} {steps[name] * 1e3:8.1f} {decoded:8.2f} {decodes[name] / 17 * 1e3:9.2f}")
 
 
+# What is counted while training
+
+
+def bench_measures(rounds: int, batch: int = 16, length: int = 24) -> None:
+    """Time of the tally over that of the train step whose routing it counts, on batches as short as the built-in questions."""
+    base, _ = load_model(ModelConfig("tiny", kind="builtin"), 0, "cpu")
+    ids, found = torch.randint(0, base.config.vocab_size, (batch, length)), {}
+    mask = torch.ones_like(ids)
+    print(f"\ncounting load and routing, base tiny, batch {batch} x {length}: share of a train step")
+    for name in ("molora", "moe_lora_topk", "mixlora", "moa_soft"):
+        model, tally = methods.attach(copy.deepcopy(base), catalog.raw(name)).train(), Tally()
+
+        def step(model: nn.Module = model) -> None:
+            with methods.record(model) as found["recorder"]:
+                found["task"] = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+            (found["task"] + sum(found["recorder"].losses.values())).backward()
+            model.zero_grad()
+
+        count = functools.partial(lambda tally: tally.add({"task": found["task"]}, mask, found["recorder"].routing), tally)
+        times = interleaved({"step": step, "count": count, "row": functools.partial(tally.window, 1)}, rounds)
+        share = (times["count"] + times["row"] / 10) / times["step"]
+        print(f"  {name:16s} {100 * share:5.1f} %   step {times['step'] * 1e3:7.1f} ms, count {times['count'] * 1e3:5.2f} ms")
+
+
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="moabench.benchmarks.speed", description=__doc__.split("\n\n")[0])
-    parser.add_argument("tables", nargs="*", metavar="{mixture,linear,model}", help="default: all")
+    parser.add_argument("tables", nargs="*", metavar="{mixture,linear,model,measures}", help="default: all")
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16"])
     parser.add_argument("--width", type=int, nargs="+", default=[256], help="model width; mixture and linear always add 1024")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    if unknown := set(args.tables) - {"mixture", "linear", "model"}:
-        parser.error(f"unknown table {', '.join(sorted(unknown))}: expected mixture, linear or model")
+    if unknown := set(args.tables) - {"mixture", "linear", "model", "measures"}:
+        parser.error(f"unknown table {', '.join(sorted(unknown))}: expected mixture, linear, model or measures")
     torch.set_num_threads(args.threads)
-    tables, fine = args.tables or ["mixture", "linear", "model"], True
+    tables, fine = args.tables or ["mixture", "linear", "model", "measures"], True
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft))
     print(f"{platform.machine()}, {args.threads} thread(s), {versions}")
     for name in args.dtype:
@@ -324,6 +352,8 @@ def main() -> int:
         for width in args.width:
             if "model" in tables:
                 bench_model(dtype, width, args.rounds)
+    if "measures" in tables:
+        bench_measures(args.rounds)
     return 0 if fine else 1
 
 
