@@ -72,6 +72,12 @@ class LinearExperts(Experts):
         """Expert of each column of B."""
         return tuple(e for e, r in enumerate(self.ranks) for _ in range(r))
 
+    @property
+    def sortable(self) -> bool:
+        """Whether each expert is a low-rank pair of its own, of one rank and scale, scaled by its weight alone: then tokens may be sorted
+        by expert instead of meeting all of them (moabench.kernels.grouped)."""
+        return False
+
     def params(self, d_in: int, d_out: int) -> dict[str, Param]:
         """`A [rows, d_in]` and `B [d_out, R]` of one linear."""
         raise NotImplementedError

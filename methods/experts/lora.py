@@ -14,6 +14,10 @@ class LoRA(LinearExperts):
 
     kind = "lora"
 
+    @property
+    def sortable(self):
+        return len(set(self.ranks)) == 1
+
     def params(self, d_in, d_out):
         rows = sum(self.ranks)
         return {"A": linear_default(rows, d_in), "B": Param((d_out, rows))}

@@ -132,18 +132,24 @@ def frozen_linears(places: list[Place]) -> list[nn.Module]:
 
 
 def project(
-    linears: list[nn.Module], x: Tensor, a: Tensor, heads: Tensor | None, dropout: float
+    linears: list[nn.Module], x: Tensor, a: Tensor, heads: Tensor | None, dropped: Tensor | None
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Frozen outputs of `linears`, the projection `A drop(x)` [T, R] and router scores `H x` (or None) of x [T, d].
+    """Frozen outputs of `linears`, the projection `A x` [T, R] (of `dropped` where x loses entries in training) and router scores `H x`
+    (or None) of x [T, d].
 
     Plain nn.Linear layers share one autograd node with the projection; quantised or otherwise special ones run as they are.
     """
     plain = all(type(m) is nn.Linear for m in linears)
     frozen = [(m.weight, m.bias) for m in linears] if plain else []
-    ys, s, z = lowrank.linear_shrink(x, frozen, a[:0] if dropout else a, heads)
-    if dropout:
-        s = lowrank.shrink(nn.functional.dropout(x, dropout), a)
+    ys, s, z = lowrank.linear_shrink(x, frozen, a if dropped is None else a[:0], heads)
+    if dropped is not None:
+        s = lowrank.shrink(dropped, a)
     return ys if plain else [m(x) for m in linears], s, z
+
+
+def drop(x: Tensor, share: float) -> Tensor | None:
+    """x without a random `share` of its entries; None where that is 0."""
+    return nn.functional.dropout(x, share) if share else None
 
 
 class FeedForward:
@@ -173,7 +179,7 @@ class FeedForward:
     def gate_up_shrink(self, x: Tensor, a: Tensor, dropout: float) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Frozen gate and up outputs [T, f] each, and `A drop(x)` [T, R]."""
         places = [self.places["gate"], self.places["up"]]
-        ys, s, _ = project(frozen_linears(places), x, a, None, dropout)
+        ys, s, _ = project(frozen_linears(places), x, a, None, drop(x, dropout))
         return (ys[0], ys[1]) if len(ys) == 2 else tuple(ys[0][:, p.columns] for p in places), s
 
     def down(self, h: Tensor) -> Tensor:

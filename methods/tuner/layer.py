@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moabench.kernels import lowrank
+from moabench.kernels import grouped, lowrank
 
 from ..bank import Experts
 from ..catalog import Method, Mixture
@@ -25,7 +25,7 @@ from ..recorder import Context
 from ..router import FactRouter, LinearRouter, Router, decide
 from ..routing import Routing
 from ..spec import ConfigError
-from .architecture import DecoderLayer, FeedForward, base_of, keys_values, project
+from .architecture import DecoderLayer, FeedForward, base_of, drop, keys_values, project
 from .plan import Group, Plan, Term, tensor_name
 
 
@@ -195,36 +195,47 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         """Outputs [T, b] of the linears of one group, by attribute."""
         flat = x.reshape(-1, x.shape[-1])
         dropout = group.dropout if self.training else 0.0
-        pack = group.pack(self.owned, flat.dtype, self.context.continues)
+        sorts = tuple([not self.context.changes and term.sorts(flat.device, flat.dtype) for term in group.terms])
+        pack = group.pack(self.owned, flat.dtype, sorts, self.context.continues)
         linears = [parent._modules[name]._modules["base_layer"] for parent, name in group.linears]
-        ys, s, z = project(linears, flat, pack.a, pack.heads, dropout)
+        dropped = drop(flat, dropout)
+        ys, s, z = project(linears, flat, pack.a, pack.heads, dropped)
         pieces = s.split_with_sizes(pack.sizes, -1) if len(pack.sizes) > 1 else (s,)
         scores = iter(z.split_with_sizes(pack.head_sizes, -1) if len(pack.head_sizes) > 1 else (z,))
         pairs: dict[str, list] = {name: [] for name in group.attributes}
-        for term, piece, b, bias in zip(group.terms, pieces, pack.b, pack.biases, strict=True):
+        by_expert: list[tuple[str, grouped.Shrunk, int, Tensor, slice]] = []
+        for term, piece, b, bias, a in zip(group.terms, pieces, pack.b, pack.biases, pack.sorted_a, strict=True):
             weights = None
             if term.apart:
                 weights = self._route_apart(term, x)
             elif term.own_router:
-                weights = self._route_linears(term, next(scores), bias)
+                routing = self._route_linears(term, next(scores), bias)
+                weights = routing.weights
             elif term.mixture.routed:
                 weights = columns(self.live.routings[term.mixture.name].weights, term.columns)
+            if a is not None:
+                shrunk = grouped.shrink(flat if dropped is None else dropped, a, weights, routing.ids, term.bank.scales[0])
+                by_expert += [(place.attribute, shrunk, g, b[g], place.columns) for g, place in enumerate(term.places)]
+                continue
             mixed = term.bank.mix(piece.view(-1, len(term.places), term.rows), weights, self._constants_of(term.bank, x.device))
             for place, m, b_matrix in zip(term.places, mixed.unbind(1), b, strict=True):
                 pairs[place.attribute].append((m, b_matrix, place.columns) if place.fused else (m, b_matrix))
-        return {name: lowrank.expand_add_(y, pairs[name]) for name, y in zip(group.attributes, ys, strict=True)}
+        ys = {name: lowrank.expand_add_(y, pairs[name]) if pairs[name] else y for name, y in zip(group.attributes, ys, strict=True)}
+        for name, *update in by_expert:
+            ys[name] = grouped.expand_add_(ys[name], *update)
+        return ys
 
-    def _route_linears(self, term: Term, scores: Tensor, bias: Tensor | None) -> Tensor:
-        """Weights [T, G, E] of the G routers of one term from their scores [T, G H] before the bias [G H]."""
+    def _route_linears(self, term: Term, scores: Tensor, bias: Tensor | None) -> Routing:
+        """Routing [T, G, E] of the G routers of one term from their scores [T, G H] before the bias [G H], as the experts are given it."""
         if bias is not None:
             scores = scores + bias
         mask, stats = self.context.mask, self.context.recorder is not None
         routing = decide(term.mixture.router, scores.view(scores.shape[0], len(term.places), -1), self.training, mask, stats)
         self._record(term.mixture, [p.role for p in term.places], routing)
         if not self.context.changes:
-            return routing.weights
+            return routing
         changes = [self.context.changes.get(self.site_name(term.mixture, p.role), lambda r: r) for p in term.places]
-        return torch.stack([change(routing.map(lambda t, g=g: t[:, g])).weights for g, change in enumerate(changes)], 1)
+        return Routing(torch.stack([change(routing.at_site(g)).weights for g, change in enumerate(changes)], 1))
 
     def _record(self, mixture: Mixture, places: list[str], routing: Routing) -> None:
         """Hand a routing [T, G, E] of G places to the open recorder."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moabench.kernels import grouped
+
 from ..bank import AttentionExperts, FeedForwardExperts, LinearExperts
 from ..catalog import Method, Mixture
 from ..params import Param
@@ -42,6 +44,14 @@ class Term:
         router = self.mixture.router
         return self.own_router and (router.granularity == "sequence" or isinstance(router, FactRouter))
 
+    def sorts(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether its tokens are sorted by expert, rather than meeting all experts: every token selects K of them, and that is cheaper."""
+        bank, rule = self.bank, self.mixture.router.rule
+        if not self.own_router or self.apart or not bank.sortable or rule is None or rule.select != "top_k":
+            return False
+        widths = [n for place in self.places for n in place.shape]
+        return grouped.prefers_sorted(bank.n, rule.k, bank.ranks[0], device, dtype, *widths)
+
     def router_heads(self, owned: Tensors, i: int) -> tuple[Tensor, Tensor | None]:
         """Linear map of the router on place i."""
         return self.mixture.router.heads({k: owned[n] for k, n in self.router_names[i].items()})
@@ -64,11 +74,12 @@ class Term:
 class Pack:
     """The tensors of one group put together for its GEMMs.
 
-    a [R, d]: rows of all A; sizes: rows of each term; b: B of each place of each term; heads [H, d]: rows of all routers, or None;
-    head_sizes: rows of each routed term; biases: of the routers of each term, or None.
+    a [R, d]: rows of all A but those of sorted terms, which `sorted_a` has; sizes: rows of each term in a; b: B of each place of each
+    term; heads [H, d]: rows of all routers, or None; head_sizes: rows of each routed term; biases: of the routers of each term, or None.
     """
 
     a: Tensor
+    sorted_a: list[Tensor | None]
     sizes: list[int]
     b: list[list[Tensor]]
     heads: Tensor | None
@@ -81,7 +92,7 @@ class Group:
     """The linears of one layer that read the same input (q, k and v, or gate and up), with all experts on them."""
 
     terms: list[Term]
-    kept: dict[torch.dtype, tuple[tuple, Pack]] = field(default_factory=dict)
+    kept: dict[tuple, tuple[tuple, Pack]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.places = [p for t in self.terms for p in t.places]
@@ -93,30 +104,34 @@ class Group:
             values = {t.name: t.bank.dropout for t in self.terms}
             raise ConfigError(f"dropout={values}: expected one value on linears that share an input.")
 
-    def pack(self, owned: Tensors, dtype: torch.dtype, continues: bool) -> Pack:
-        """The group's tensors, A and B in `dtype`. A pass that continues a KV cache takes those of the pass before, unless a tensor has
-        changed: decoding would otherwise pay for it at every token. Other passes do not, since fused optimisers and writes through
-        `.data` change a tensor and leave its version as it was."""
+    def pack(self, owned: Tensors, dtype: torch.dtype, sorts: tuple[bool, ...], continues: bool) -> Pack:
+        """The group's tensors, A and B in `dtype`; sorts: which terms sort their tokens.
+
+        A pass that continues a KV cache takes those of the pass before, unless a tensor has changed: decoding would otherwise pay for it
+        at every token. Other passes do not, since fused optimisers and writes through `.data` change a tensor and leave its version as
+        it was.
+        """
         if torch.is_grad_enabled():
-            return self._pack(owned, dtype)
+            return self._pack(owned, dtype, sorts)
         stamp = tuple([(t.data_ptr(), t._version) for t in map(owned.__getitem__, self.names)])
-        kept = self.kept.get(dtype)
+        kept = self.kept.get((dtype, sorts))
         if not continues or kept is None or kept[0] != stamp:
-            kept = self.kept[dtype] = (stamp, self._pack(owned, dtype))
+            kept = self.kept[dtype, sorts] = (stamp, self._pack(owned, dtype, sorts))
         return kept[1]
 
-    def _pack(self, owned: Tensors, dtype: torch.dtype) -> Pack:
-        rows, sizes, heads, head_sizes, biases = [], [], [], [], []
-        for term in self.terms:
+    def _pack(self, owned: Tensors, dtype: torch.dtype, sorts: tuple[bool, ...]) -> Pack:
+        rows, apart, sizes, heads, head_sizes, biases = [], [], [], [], [], []
+        for term, alone in zip(self.terms, sorts, strict=True):
             a = [owned[n] for n in term.a_names]
-            rows += a
-            sizes.append(sum(t.shape[0] for t in a))
+            apart.append(cat(a).to(dtype) if alone else None)
+            rows += [t[:0] for t in a] if alone else a
+            sizes.append(0 if alone else sum(t.shape[0] for t in a))
             maps = [] if term.apart else [term.router_heads(owned, i) for i in range(len(term.router_names))]
             heads += [w for w, _ in maps]
             head_sizes += [sum(w.shape[0] for w, _ in maps)] if maps else []
             biases.append(cat([b for _, b in maps]) if maps and maps[0][1] is not None else None)
         b = [[owned[n].to(dtype) for n in term.b_names] for term in self.terms]
-        return Pack(cat(rows).to(dtype), sizes, b, cat(heads) if heads else None, head_sizes, biases)
+        return Pack(cat(rows).to(dtype), apart, sizes, b, cat(heads) if heads else None, head_sizes, biases)
 
 
 def cat(tensors: list[Tensor]) -> Tensor:

@@ -1,16 +1,9 @@
-"""The Triton kernels run in their interpreter where there is no GPU, and fresh memory holds NaN, so that an output that is not written
-shows."""
+"""Fresh memory holds NaN, so that an output that is not written shows."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel module is imported
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is unset
 
 
 @pytest.fixture(autouse=True)
