@@ -190,4 +190,4 @@ def test_t_interval_covers():
     rng = np.random.default_rng(9)
     held = [low <= 0 <= high for _, low, high in (st.t_interval(rng.normal(0, 1, 3)) for _ in range(2000))]
     assert np.mean(held) == pytest.approx(0.95, abs=0.015)
-    assert math.isnan(st.t_interval([0.5]).low)
+    assert math.isnan(st.t_interval([0.5]).low) and math.isnan(st.t_interval([0.5, 0.5]).low)
