@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     plots = _command(commands, "plots", _plots, "every plot, as files")
     plots.add_argument("-o", "--out", default="plots", metavar="FOLDER", help="(default: plots)")
     plots.add_argument("--format", default="pdf", choices=("pdf", "png", "svg"), help="(default: pdf)")
+    plots.add_argument("--text", help="also which expert acts on which token of this text, by a run of each mixture")
     report = _command(commands, "report", _report, "one self-contained HTML file")
     report.add_argument("-o", "--out", default="report.html", metavar="FILE", help="(default: report.html)")
     report.add_argument("--results", metavar="CSV", help="published results to show beside ours")
@@ -167,12 +168,15 @@ def _published(given: argparse.Namespace) -> None:
 
 
 def _plots(given: argparse.Namespace) -> None:
-    from .plots import figures, save
+    from .plots import figures, save, token_plots
 
     study = _study(given)
     for problem in _problems(study):
         for file in save(figures(problem), Path(given.out), given.format):
             print(file)
+        if given.text:
+            for file in save(token_plots(problem, given.text), Path(given.out), given.format):
+                print(file)
 
 
 def _report(given: argparse.Namespace) -> None:
