@@ -101,12 +101,13 @@ class Chapter:
         by_run = dict(list(loads.groupby("run", sort=False)))
         for entry in self.problem.entries:
             for _, row in entry.runs.iterrows():
+                load = list(_load(by_run.get(row["run"])))
                 yield {
                     "name": row["run"], "label": entry.label, "state": row["state"], "reason": row["reason"],
                     "command": command(self.problem.study.configs[row["run"]]),
                     "config": yaml.safe_dump(self.problem.study.configs[row["run"]], sort_keys=False, allow_unicode=True),
                     "environment": _some(row, "environment."), "metrics": _some(row, "", "/"),
-                    "load": list(_load(by_run.get(row["run"]))),
+                    "load": load, "experts": _experts(load),
                 }  # fmt: skip
 
 
@@ -183,6 +184,12 @@ def _load(rows: pd.DataFrame | None) -> Iterator[tuple[str, list[tuple[str, str,
     loads, names = routing.load_map(rows)
     for site, values in loads.iterrows():
         yield short_site(site), [(names[i], f"{value:.2f}", *_shade(value)) for i, value in values.items() if not math.isnan(value)]
+
+
+def _experts(load: list) -> list[str]:
+    """Names of the experts, where all sites have the same."""
+    names = {tuple(name for name, *_ in cells) for _, cells in load}
+    return list(names.pop()) if len(names) == 1 else []
 
 
 def _shade(value: float) -> tuple[str, str]:

@@ -46,7 +46,7 @@ class Comparison:
     p: float
     """Two-sided."""
     effect: float
-    """Hedges' g over seeds; NaN with one seed."""
+    """Hedges' g over seeds; NaN with one seed, or against something that has none."""
     detectable: float
     """Difference that this design finds with probability `POWER`; NaN where no test of methods was possible."""
     seeds: tuple[int, int]
@@ -138,7 +138,8 @@ def compare(
     # Seeds that tie to the last question say nothing of their variance; it is at least that of the cells.
     variance = (sum(seeds) or cells) + beyond
     parts = [(s, len(m) - 1) for s, m in zip(seeds, means, strict=True)] + [(beyond, layout.freedom)]
-    return _tested(float(means[0].mean() - means[1].mean()), variance, _satterthwaite(parts), _hedges(*means), (len(a), len(b)), questions)
+    effect = math.nan if any(fixed) else _hedges(*means)
+    return _tested(float(means[0].mean() - means[1].mean()), variance, _satterthwaite(parts), effect, (len(a), len(b)), questions)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
