@@ -212,7 +212,7 @@ class LoggerConfig:
     mode: Literal["offline", "online"] = "offline"
     project: str = "moabench"
     group: str | None = None
-    """null: the method's name."""
+    """null: the study, which is task, model, and a digest of all but method and seed."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moabench.benchmarks import loggers
+from moabench.benchmarks import files, loggers
 from moabench.benchmarks.config import CONF, RunConfig
 
 
@@ -80,12 +80,37 @@ def test_the_offline_run_equals_our_record(tmp_path):
     logger.finish(metrics)
     found = records(tmp_path)
     (run,) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
-    assert (run.run_group, set(run.tags), run.run_id) == ("moa_sparse", {"arc", "tiny", "builtin"}, "ab" * 8)
+    assert (run.run_group, run.job_type) == (loggers.study(config()), "moa_sparse")
+    assert (set(run.tags), run.run_id) == ({"arc", "tiny", "builtin"}, "ab" * 8)
     assert os.uname().nodename != run.host
     kept = {item.key: json.loads(item.value_json) for item in run.config.update if not item.key.startswith("_")}
     assert kept == config("seed=3").to_dict()
     assert history(found) == [{k: v for k, v in row.items() if k != "note"} for row in rows], "each step once"
     assert summary(found) == metrics
+
+
+def test_a_study_is_what_may_be_compared():
+    """Method, seed and settings of the machine make no other group; recipe, data and protocol do."""
+    group = loggers.study(config())
+    assert group.startswith("arc-tiny-")
+    assert group == loggers.study(config("method=lora", "seed=4", "threads=1", "quiet=true", "logger.project=other"))
+    assert len({group, *(loggers.study(config(word)) for word in ("train.steps=7", "data.eval_limit=7", "protocol=label"))}) == 4
+
+
+def test_what_has_a_value_an_expert_is_one_table_and_no_summary(tmp_path):
+    rows = [{"split": split, "task": "t", "skill": skill, "site": "s", "index": i, "share": 0.5} for split in ("train", "test")
+            for skill in (None, "a") for i in (0, 1)]  # fmt: skip
+    files.write_parquet(tmp_path / "routing.parquet", rows)
+    files.write_parquet(tmp_path / "matrices.parquet", [{"step": step, "name": "n", "i": 0, "j": 1, "value": 0.5} for step in (0, 9)])
+    logger = loggers.start(config(), tmp_path, "ab" * 32)
+    logger.log(9, {"loss/task": 1.0})
+    logger.finish({"a": 1})
+    found = records(tmp_path)
+    assert summary(found) == {"a": 1}
+    tables = {name: json.loads(next(tmp_path.glob(f"wandb/offline-run-*/files/media/table/tables/{name}_*.json")).read_text())
+              for name in ("routing", "matrices")}  # fmt: skip
+    assert [len(table["data"]) for table in tables.values()] == [2, 1]
+    assert tables["routing"]["columns"] == ["split", "task", "site", "index", "share"]
 
 
 def test_several_runs_in_one_process_stay_apart(tmp_path):

@@ -1,0 +1,7 @@
+"""`python -m moabench.analysis`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
