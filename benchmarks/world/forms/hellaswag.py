@@ -2,7 +2,7 @@
 
 A split has its own scripts and names; wrong endings are steps of its own scripts.
 
-    next:order  two wrong endings are other steps of the same script that are still to come, one is of another script
+    next:order  the wrong endings are steps of the same script: the one told last and the two that come after the right one
     next:topic  all wrong endings are of other scripts
 
 `axes.facts`: steps that the question tells (1 to 4; default: any).
@@ -25,10 +25,9 @@ def hellaswag(world: World, split: str, axes: Axes) -> list[dict]:
     for i in range(LIMITS[split]):
         domain, activity, steps = scripts[i // 2 % len(scripts)]
         skill = ("order", "topic")[i % 2]
-        # an ending of the same script must still be to come: two need two more steps after the right one
+        # two steps must come after the right one; where the axis leaves fewer, other scripts fill up
         shown = facts or rng.randint(1, len(steps) - (3 if skill == "order" else 1))
-        later = steps[shown + 1 :]
-        near = rng.sample(later, min(2, len(later))) if skill == "order" else []
+        near = [steps[shown - 1], *steps[shown + 1 : shown + 3]] if skill == "order" else []
         others = [step for _, name, found in scripts if name != activity for step in found if step not in steps]
         question = rng.choice(lexicon("scripts")["questions"]).format(p=rng.choice(people(split)), a=activity, d=", ".join(steps[:shown]))
         row = {"question": question, "right": steps[shown], "wrong": [*near, *rng.sample(sorted(set(others)), 3 - len(near))]}
