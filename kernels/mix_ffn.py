@@ -6,9 +6,9 @@
 so that the block's output is `W_d hbar + sum_e B^d_e z_e`: frozen gate, up and down run once whatever the number of experts.
 
 Shapes: T tokens, f inner width, E experts of r rank rows, R = E r, K selected experts a token. A sparse router's K selections are K
-passes over [T, f] with the rank rows of other experts zeroed, not E passes and no gather: rank is cheap, passes are not. A soft router
-takes E passes of r rows. The inner activations of each pass are kept for the backward (recomputing them is slower on a CPU; the Triton
-kernels, moabench.kernels.triton.mix_ffn, recompute them).
+passes over the inner width with the rank rows of other experts zeroed, not E passes and no gather: rank is cheap, passes are not. A soft
+router takes E passes of r rows. On a CPU all passes run over one block of tokens after the other, so that what they make of width f stays
+in the cache; nothing of it is kept, the backward makes it again (so do the Triton kernels, moabench.kernels.triton.mix_ffn).
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import backend
+
+BLOCK = 512 * 1024
+"""Bytes of one [tokens, f] tensor of a block: several fit a core's cache."""
 
 ACTIVATIONS = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
@@ -71,48 +74,72 @@ class _MixFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, s_gate, s_up, b_gate, b_up, a_down, weights, ids, keep, act):
         activation = ACTIVATIONS[act][0]
-        hbar, z = torch.zeros_like(gate), torch.zeros_like(s_gate)
-        kept = []
-        for rows, mask, w in _passes(weights, ids, s_gate.shape[1]):
-            a = torch.addmm(gate, _part(s_gate, rows, mask), b_gate[:, rows].t())
-            b = torch.addmm(up, _part(s_up, rows, mask), b_up[:, rows].t())
-            h = activation(a).mul_(b)
-            hbar.addcmul_(h, w)
-            z[:, rows].add_(_masked((h if keep is None else h * keep) @ a_down[rows].t(), mask) * w)
-            kept += [a, b]
+        hbar, z = torch.empty_like(gate), torch.zeros_like(s_gate)
+        bt_gate, bt_up = b_gate.t().contiguous(), b_up.t().contiguous()
+        for i, (rows, mask, w) in enumerate(_passes(weights, ids, s_gate.shape[1])):
+            sg, su, code = _part(s_gate, rows, mask), _part(s_up, rows, mask), torch.empty_like(z[:, rows])
+            for t in _blocks(gate, s_gate.shape[1]):
+                h = activation(torch.addmm(gate[t], sg[t], bt_gate[rows])).mul_(torch.addmm(up[t], su[t], bt_up[rows]))
+                _add_weighted_(hbar[t], h, w[t], first=i == 0)
+                code[t] = (h if keep is None else h.mul_(keep[t])) @ a_down[rows].t()
+            z[:, rows].add_(_masked(code, mask) * w)
         ctx.act = act
-        ctx.save_for_backward(s_gate, s_up, b_gate, b_up, a_down, weights, ids, keep, *kept)
+        ctx.save_for_backward(gate, up, s_gate, s_up, b_gate, b_up, a_down, weights, ids, keep)
         return hbar, z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dhbar: Tensor, dz: Tensor):
-        s_gate, s_up, b_gate, b_up, a_down, weights, ids, keep, *kept = ctx.saved_tensors
+        gate, up, s_gate, s_up, b_gate, b_up, a_down, weights, ids, keep = ctx.saved_tensors
         activation, derivative = ACTIVATIONS[ctx.act]
-        dgate, dup = torch.zeros_like(dhbar), torch.zeros_like(dhbar)
+        bt_gate, bt_up = b_gate.t().contiguous(), b_up.t().contiguous()
+        dgate, dup, dweights = torch.empty_like(gate), torch.empty_like(up), torch.zeros_like(weights)
         ds_gate, ds_up = torch.zeros_like(s_gate), torch.zeros_like(s_up)
-        db_gate, db_up, da_down = torch.zeros_like(b_gate), torch.zeros_like(b_up), torch.zeros_like(a_down)
-        dweights = torch.zeros_like(weights)
+        blocks = _blocks(gate, s_gate.shape[1])
+        db_gate, db_up, da_down = (_parts(a_down, len(blocks)) for _ in range(3))
         for i, (rows, mask, w) in enumerate(_passes(weights, ids, s_gate.shape[1])):
-            a, b = kept[2 * i : 2 * i + 2]
-            s = activation(a)
-            h = s * b
-            dz_e = _part(dz, rows, mask)
-            through = dz_e @ a_down[rows]  # gradient of the expert's unweighted inner activation, by way of z
-            if keep is not None:
-                through.mul_(keep)
-            dh = through.add_(dhbar)
-            _add_column(dweights, ids, i, torch.linalg.vecdot(h, dh))
-            dh.mul_(w)
-            da_down[rows].addmm_((dz_e * w).t(), h if keep is None else h * keep)
-            db = dh * s
-            da = derivative(dh.mul_(b), a)
-            dgate.add_(da)
-            dup.add_(db)
-            for d, b_mat, ds, db_mat, s_mat in ((da, b_gate, ds_gate, db_gate, s_gate), (db, b_up, ds_up, db_up, s_up)):
-                ds[:, rows].add_(_masked(d @ b_mat[:, rows], mask))
-                db_mat[:, rows].addmm_(d.t(), _part(s_mat, rows, mask))
-        return dgate, dup, ds_gate, ds_up, db_gate, db_up, da_down, dweights, None, None, None
+            sg, su, dz_e = (_part(x, rows, mask) for x in (s_gate, s_up, dz))
+            sg_w, su_w, dz_w = sg * w, su * w, dz_e * w
+            dsg, dsu, dw = torch.empty_like(sg), torch.empty_like(su), torch.empty_like(w[:, 0])
+            for n, t in enumerate(blocks):
+                a, b = torch.addmm(gate[t], sg[t], bt_gate[rows]), torch.addmm(up[t], su[t], bt_up[rows])
+                s = activation(a)
+                h = s * b
+                # Of the unweighted h: weights act on the rank side and where passes are summed.
+                dh = _add(dhbar[t], dz_e[t], a_down[rows], None if keep is None else keep[t])
+                dw[t] = torch.linalg.vecdot(h, dh)
+                _part_of(da_down, n, rows).addmm_(dz_w[t].t(), h if keep is None else h.mul_(keep[t]))
+                db = s.mul_(dh)
+                da = derivative(dh.mul_(b), a)
+                _add_weighted_(dgate[t], da, w[t], first=i == 0)
+                _add_weighted_(dup[t], db, w[t], first=i == 0)
+                dsg[t], dsu[t] = da @ b_gate[:, rows], db @ b_up[:, rows]
+                _part_of(db_gate, n, rows).addmm_(sg_w[t].t(), da)
+                _part_of(db_up, n, rows).addmm_(su_w[t].t(), db)
+            ds_gate[:, rows].add_(_masked(dsg, mask) * w)
+            ds_up[:, rows].add_(_masked(dsu, mask) * w)
+            _add_column_(dweights, ids, i, dw)
+        return dgate, dup, ds_gate, ds_up, db_gate.sum(0).t(), db_up.sum(0).t(), da_down.sum(0), dweights, None, None, None
+
+
+def _blocks(x: Tensor, total: int) -> list[slice]:
+    """The tokens of x [T, f] in blocks; one block where cache is no concern, as the compiler fuses the passes or the device is no CPU.
+
+    A block has at least R tokens, so that the parts of a gradient [R, f] are no larger than x, and enough for efficient GEMMs.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    size = max(64, total, BLOCK // (x.shape[1] * x.element_size()))
+    return [slice(start, start + size) for start in range(0, x.shape[0], size)]
+
+
+def _parts(a_down: Tensor, blocks: int) -> Tensor:
+    """Zeros for a gradient [R, f] that is summed over blocks: a part for each where adding one after the other would round each time."""
+    return a_down.new_zeros(1 if a_down.dtype in (torch.float32, torch.float64) else blocks, *a_down.shape)
+
+
+def _part_of(parts: Tensor, block: int, rows: slice) -> Tensor:
+    return parts[block % len(parts), rows]
 
 
 def _passes(weights: Tensor, ids: Tensor | None, total: int):
@@ -136,7 +163,20 @@ def _part(x: Tensor, rows: slice, mask: Tensor | None) -> Tensor:
     return _masked(x[:, rows], mask)
 
 
-def _add_column(dweights: Tensor, ids: Tensor | None, i: int, values: Tensor) -> None:
+def _add(y: Tensor, s: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
+    """`y + keep * (s b)`."""
+    return torch.addmm(y, s, b) if keep is None else torch.addcmul(y, s @ b, keep)
+
+
+def _add_weighted_(out: Tensor, x: Tensor, w: Tensor, first: bool) -> None:
+    """`out += w x`; the first pass writes `out`."""
+    if first:
+        torch.mul(x, w, out=out)
+    else:
+        out.addcmul_(x, w)
+
+
+def _add_column_(dweights: Tensor, ids: Tensor | None, i: int, values: Tensor) -> None:
     """Add the weight gradient of pass i to its experts."""
     if ids is None or ids.shape[1] >= dweights.shape[1]:
         dweights[:, i].add_(values)
