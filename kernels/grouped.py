@@ -27,8 +27,14 @@ from torch.nn import functional as F
 
 from . import backend
 
-BREAK_EVEN = {("cpu", torch.float32): 65.0, ("cpu", torch.bfloat16): 500.0}
-"""c of `prefers_sorted` by device and dtype; `python -m moabench.kernels.tune` measures it on a machine."""
+BREAK_EVEN = {
+    ("cpu", torch.float32): 80.0,
+    ("cpu", torch.bfloat16): 1000.0,
+    ("cuda", torch.bfloat16): 215.0,
+    ("cuda", torch.float16): 215.0,
+}
+"""c of `prefers_sorted` by device and dtype: CPUs as measured on one with AMX (README.md), GPUs from a model of bytes and FLOPs, not yet
+measured. `python -m moabench.kernels.tune` measures it on a machine."""
 
 
 def prefers_sorted(experts: int, k: int, r: int, device: str | torch.device, dtype: torch.dtype, *widths: int) -> bool:

@@ -4,7 +4,7 @@
     python -m moabench.kernels.tune --width 256 --threads 2
 
 Both forms run forward and backward in one process, interleaved; ratio = time of the dense form / time of the sorted one, medians. c is
-where the ratio crosses 1 over (E - K) r / K, interpolated between logarithms. Times are CPU time with one thread, else wall time.
+where the ratio crosses 1 over (E - K) r / K, on a line through the logarithms. Times are CPU time with one thread, else wall time.
 """
 
 from __future__ import annotations
@@ -51,13 +51,17 @@ def ratio(tokens: int, width: int, experts: int, k: int, r: int, device: str, dt
     return statistics.median(d for d, _ in times) / statistics.median(s for _, s in times)
 
 
-def crossing(points: list[tuple[float, float]]) -> float | None:
-    """Where the ratio passes 1, of points ((E - K) r / K, ratio): a line through their logarithms by least squares; None where the
-    ratio does not rise."""
-    logs = [(math.log(u), math.log(v)) for u, v in points]
+def crossing(points: list[tuple[float, float]]) -> str:
+    """Where the ratio passes 1, of points ((E - K) r / K, ratio): a line through their logarithms by least squares. Nothing is said
+    beyond the points: where one form wins at all of them, that c lies above or below."""
+    if max(found for _, found in points) <= 1:
+        return f"above {max(u for u, _ in points):.0f}"
+    if min(found for _, found in points) >= 1:
+        return f"below {min(u for u, _ in points):.0f}"
+    logs = [(math.log(u), math.log(found)) for u, found in points]
     u, v = (statistics.fmean(values) for values in zip(*logs, strict=True))
     slope = sum((p - u) * (q - v) for p, q in logs) / sum((p - u) ** 2 for p, _ in logs)
-    return math.exp(u - v / slope) if slope > 0 else None
+    return f"{math.exp(u - v / slope):.0f}"
 
 
 def main() -> None:
@@ -79,8 +83,8 @@ def main() -> None:
             found = ratio(args.tokens, args.width, experts, k, args.rank, args.device, DTYPES[name], args.rounds)
             points.append(((experts - k) * args.rank / k, found))
             print(f"  {name}  E {experts:3d}  K {k}  r {args.rank}  (E - K) r / K {points[-1][0]:5.0f}  dense / sorted {found:.2f}")
-        c, stored = crossing(points), grouped.BREAK_EVEN.get((torch.device(args.device).type, DTYPES[name]))
-        print(f"{name}: c = {'none' if c is None else format(c, '.0f')} here; stored: {stored}")
+        stored = grouped.BREAK_EVEN.get((torch.device(args.device).type, DTYPES[name]))
+        print(f"{name}: c here {crossing(points)}; stored {stored}")
 
 
 def _clock(device: str) -> float:

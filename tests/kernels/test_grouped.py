@@ -10,7 +10,7 @@ import torch
 from compare import assert_near, relative_rms
 from torch.utils.checkpoint import checkpoint
 
-from moabench.kernels import backend, grouped, lowrank
+from moabench.kernels import backend, grouped, lowrank, tune
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not backend.installed(), reason="Triton is not installed"))
@@ -222,4 +222,14 @@ def test_when_sorting_is_preferred():
         assert not grouped.prefers_sorted(10_000, 1, 3, "cpu", torch.float32, 256), "rows of 12 bytes"
         assert not grouped.prefers_sorted(10_000, 1, 8, "cpu", torch.float32, 255), "a width that is not whole 16 bytes"
         assert not grouped.prefers_sorted(10_000, 1, 8, "cpu", torch.float64, 256), "no kernel for fp64"
-        assert not grouped.prefers_sorted(10_000, 1, 8, "cuda", torch.bfloat16, 256), "plain torch would wait for the host"
+        if DEVICE == "cuda":
+            assert not grouped.prefers_sorted(10_000, 1, 8, "cuda", torch.bfloat16, 256), "plain torch would wait for the host"
+
+
+def test_crossing():
+    """The self-benchmark finds c from ratios that follow (u / c)^0.7, and says nothing beyond what it saw."""
+    points = [(u, (u / 90) ** 0.7) for u in (24, 56, 120, 504)]
+    assert tune.crossing(points) == "90"
+    assert tune.crossing(points[:2]) == "above 56"
+    assert tune.crossing(points[2:]) == "below 120"
+    assert tune.ratio(8, 16, 4, 2, 8, "cpu", torch.float32, rounds=1) > 0
