@@ -41,6 +41,11 @@ def select(name: Name) -> Name:
     return before
 
 
+def demanded() -> Name:
+    """What `select` was last told."""
+    return _selected
+
+
 @contextmanager
 def use(name: Name) -> Iterator[None]:
     """`select(name)` for the duration of a block."""

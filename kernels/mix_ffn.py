@@ -1,4 +1,4 @@
-"""The mixture inside a gated feed-forward block whose experts share its frozen weights (MixLoRA). Plain torch, one autograd node.
+"""The mixture inside a gated feed-forward block whose experts share its frozen weights (MixLoRA), as one autograd node.
 
     h_e  = act(G + S^g_e B^g_e^T) * (U + S^u_e B^u_e^T)
     hbar = sum_e w_e h_e            z_e = w_e (h_e * m) A_e^T
@@ -7,7 +7,8 @@ so that the block's output is `W_d hbar + sum_e B^d_e z_e`: frozen gate, up and 
 
 Shapes: T tokens, f inner width, E experts of r rank rows, R = E r, K selected experts a token. A sparse router's K selections are K
 passes over [T, f] with the rank rows of other experts zeroed, not E passes and no gather: rank is cheap, passes are not. A soft router
-takes E passes of r rows. The inner activations of each pass are kept for the backward (recomputing them is slower on a CPU).
+takes E passes of r rows. The inner activations of each pass are kept for the backward (recomputing them is slower on a CPU; the Triton
+kernels, moabench.kernels.triton.mix_ffn, recompute them).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from . import backend
 
 ACTIVATIONS = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
@@ -51,7 +54,17 @@ def mix_ffn(
     if dropout:
         keep = torch.empty_like(gate).bernoulli_(1 - dropout).div_(1 - dropout)
     cast = [t.to(dtype) for t in (up, s_gate, s_up, b_gate, b_up, a_down, weights)]  # under autocast they may differ
+    if backend.triton_for(gate) and (found := _triton(weights.shape[1], s_gate.shape[1] // weights.shape[1])):
+        chosen = None if ids is None else torch.zeros_like(weights, dtype=torch.bool).scatter_(1, ids, True)
+        return found(gate, *cast[:-1], weights.float(), chosen, keep, act)
     return _MixFFN.apply(gate, *cast, ids, keep, act)
+
+
+def _triton(experts: int, r: int):
+    """The Triton operation; None where backend=auto and it cannot hold that many rank rows. Where Triton was demanded it says so itself."""
+    from .triton import mix_ffn as kernels
+
+    return kernels.mix_ffn if kernels.fits(experts, r) or backend.demanded() == "triton" else None
 
 
 class _MixFFN(torch.autograd.Function):

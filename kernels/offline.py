@@ -2,8 +2,9 @@
 
     python -m moabench.kernels.offline                  # table for sm_80 and sm_90, bf16 and fp32; exit code 1 where a gate fails
 
-Gates: no register spills, shared memory within the architecture's limit for one program, and tensor-core instructions (wgmma on sm_90,
-mma.sync on sm_80) in bf16 kernels that are products. Needs Triton, no GPU, and must not run under TRITON_INTERPRET.
+Gates: no register spills (in fp32, whose products are no tensor-core work and which is for checking, at most 64 bytes), shared memory
+within the architecture's limit for one program, and tensor-core instructions (wgmma or mma.sync) in bf16 kernels that are products.
+Needs Triton, no GPU, and must not run under TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ FILES = sorted(p.stem for p in (Path(__file__).parent / "triton").glob("*.py") i
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may use, by compute capability."""
 PRODUCT = {80: r"mma\.sync", 90: r"wgmma\.mma_async|mma\.sync"}
-UNALIGNED = {"T", "R", "H", "E", "N", "K", "eps"}
-"""Integer arguments that are numbers of tokens, ranks, routers or experts: any number."""
+UNALIGNED = {"T", "G", "R", "H", "E", "N", "K", "r", "row_stride", "site_stride", "eps"}
+"""Integer arguments that are numbers of tokens, sites, ranks, routers or experts, or strides of scores: any number."""
+MOST_SPILLED = {"bf16": 0, "fp32": 64}
+"""Bytes a thread."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -66,17 +69,17 @@ def compile_variant(variant, arch: int, dtype: str) -> Compiled:
     registers, spilled = _resources(built.asm["cubin"])
     products = tuple(sorted(set(re.findall(PRODUCT[arch], built.asm["ptx"]))))
     one = Compiled(f"{variant.name} {dtype}", arch, registers, spilled, built.metadata.shared, products)
-    return dataclasses.replace(one, failures=failures(one, needs_products=variant.products and dtype == "bf16"))
+    return dataclasses.replace(one, failures=failures(one, variant.products, dtype))
 
 
-def failures(one: Compiled, needs_products: bool) -> tuple[str, ...]:
-    """The gates that a compilation does not pass, in words."""
+def failures(one: Compiled, products: bool, dtype: str) -> tuple[str, ...]:
+    """The gates that a compilation does not pass, in words. products: whether the kernel is a product."""
     found = []
-    if one.spilled:
+    if one.spilled > MOST_SPILLED[dtype]:
         found.append(f"spills {one.spilled} bytes")
     if one.shared > SHARED[one.arch]:
         found.append(f"shared memory {one.shared} > {SHARED[one.arch]}")
-    if needs_products and not one.products:
+    if products and dtype == "bf16" and not one.products:
         found.append("no tensor-core instruction")
     return tuple(found)
 

@@ -62,7 +62,7 @@ class SwitchBalance(Loss):
     def per_site(self, routings):
         shares, means = [], []
         for routing in routings:
-            scores = routing.probs if self.values == "probs" else routing.extras["shifted"]
+            scores = routing.probs if self.values == "probs" else routing.probs - routing.extras["tau"]
             shares.append(token_mean(routing.selected.to(scores.dtype), routing.mask))
             means.append(token_mean(scores, routing.mask))
         f, p = torch.cat(shares), torch.cat(means)  # [S, E]

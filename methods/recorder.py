@@ -69,7 +69,7 @@ class Recorder:
         parts: dict[str, list[Routing]] = {}
         for sites, routing, _ in self.entries:
             for g, site in enumerate(sites):
-                parts.setdefault(site, []).append(routing.map(lambda t, g=g: t[:, g]))
+                parts.setdefault(site, []).append(routing.at_site(g))
         return {site: _join(found) for site, found in parts.items()}
 
     @property
@@ -98,7 +98,8 @@ def _join(routings: list[Routing]) -> Routing:
     }
     mask = None if all(r.mask is None for r in routings) else torch.cat([m.to(first.weights.device) for m in masks])
     extras = {k: torch.cat([r.extras[k] for r in routings]) for k in first.extras}
-    return replace(first, **joined, mask=mask, extras=extras)
+    stats = None if any(r.stats is None for r in routings) else {k: sum(r.stats[k] for r in routings) for k in first.stats}
+    return replace(first, **joined, mask=mask, extras=extras, stats=stats)
 
 
 @contextmanager

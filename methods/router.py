@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from .lazy import Lazy
 from .params import Param, bias_default, linear_default
 from .routing import Routing
 from .spec import NonNegative, Part
@@ -17,7 +18,12 @@ from .spec import NonNegative, Part
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moabench.kernels.route import Rule
+
     from .recorder import Context
+
+backend = Lazy("moabench.kernels.backend")
+fused = Lazy("moabench.kernels.route")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,25 @@ class Router(Part):
     def route(self, scores: Tensor, training: bool) -> Routing:
         """The decision for scores [..., H] in fp32; leading dimensions are kept."""
         raise NotImplementedError
+
+    @property
+    def rule(self) -> Rule | None:
+        """`route` as data, by which one kernel does it; None where it is no `moabench.kernels.route.Rule`, and `route` always runs."""
+        return None
+
+
+def decide(router: Router, scores: Tensor, training: bool, mask: Tensor | None = None, stats: bool = False) -> Routing:
+    """The decision for scores [T, H] or [T, G, H]: `router.route`, or where Triton runs the kernel of its rule.
+
+    stats: let the kernel also sum the expert load over the tokens that mask [T] calls real, as `Routing.stats`.
+    """
+    rule = router.rule
+    if rule is None or not backend.triton_for(scores):
+        return router.route(scores, training)
+    made = fused.decide(scores, rule, mask, stats)
+    extras = {} if made.tau is None else {"tau": made.tau}
+    logits = fused.experts_only(scores, rule)
+    return Routing(made.weights, made.chosen, made.probs, logits, made.ids, extras=extras, stats=made.stats)
 
 
 @dataclass(frozen=True)

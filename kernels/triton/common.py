@@ -44,6 +44,16 @@ def pieces(rows: int, dtype: torch.dtype) -> tuple[int, int]:
     return first, (0 if rest <= 0 else max(16, triton.next_power_of_2(rest)))
 
 
+def parts_of(length: int, step: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """Into how many parts a sum over `length` goes so that `programs` programs a part fill the device, and the length of one part, a
+    multiple of `step`. On a CPU (the interpreter) two, so that the sum over parts is tested."""
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    steps = triton.cdiv(length, step)
+    parts = max(1, min(steps, wanted // max(1, programs)))
+    per_part = triton.cdiv(steps, parts)
+    return triton.cdiv(steps, per_part), per_part * step
+
+
 def precision(dtype: torch.dtype) -> str:
     """How products of fp32 operands are taken: as torch takes them."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Tile, Variant, dot, dot_exact, pieces, pointer, precision
+from .common import Tile, Variant, dot, dot_exact, parts_of, pieces, pointer, precision
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def shrink(x: Tensor, a: Tensor, heads: Tensor | None) -> tuple[Tensor, Tensor]:
     tile = shrink_tile(rows, n, x.dtype)
     sizes, groups = tile.sizes, max(1, triton.cdiv(rows, tile.sizes["P1"] + tile.sizes["P2"]))
     blocks = triton.cdiv(tokens, sizes["BM"])
-    parts, split = _parts(d, sizes["BK"], blocks * groups, x.device)
+    parts, split = parts_of(d, sizes["BK"], blocks * groups, x.device)
     out_s, out_z = s, z
     if parts > 1:
         out_s = x.new_empty(parts, tokens, rows, dtype=torch.float32)
@@ -210,7 +210,7 @@ def outer(s: Tensor, y: Tensor) -> Tensor:
     tile = outer_tile(rows, y.dtype)
     sizes, groups = tile.sizes, triton.cdiv(rows, tile.sizes["P1"] + tile.sizes["P2"])
     blocks = triton.cdiv(o, sizes["BN"])
-    parts, chunk = _parts(tokens, sizes["BM"], blocks * groups, y.device)
+    parts, chunk = parts_of(tokens, sizes["BM"], blocks * groups, y.device)
     out = y.new_empty(parts, rows, o, dtype=torch.float32)
     outer_kernel[(blocks, parts, groups)](
         y, s, out, tokens, o, rows, chunk, y.stride(0), s.stride(0),
@@ -242,16 +242,6 @@ def add_(y: Tensor, s: Tensor, b: Tensor) -> Tensor:
     """`y += s b^T` in place."""
     expand_add_(y, s, b)
     return y
-
-
-def _parts(length: int, step: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts a sum over `length` goes so that `programs` programs a part fill the device, and the length of one part, a
-    multiple of `step`. On a CPU (the interpreter) two, so that the sum over parts is tested."""
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    steps = triton.cdiv(length, step)
-    parts = max(1, min(steps, wanted // max(1, programs)))
-    per_part = triton.cdiv(steps, parts)
-    return triton.cdiv(steps, per_part), per_part * step
 
 
 # For the offline gate

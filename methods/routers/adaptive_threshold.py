@@ -41,6 +41,16 @@ class AdaptiveThreshold(LinearRouter):
             bias = torch.nn.functional.pad(bias, (weight.shape[0] - 1, 0))
         return weight, bias
 
+    @property
+    def rule(self):
+        return route.Rule(
+            select="threshold",
+            tau=self.tau_max,
+            adaptive=self.threshold == "adaptive",
+            shifted=self.weights == "shifted",
+            renormalize=True,
+        )
+
     def route(self, scores, training):
         adaptive = self.threshold == "adaptive"
         logits = scores[..., :-1] if adaptive else scores
@@ -51,4 +61,4 @@ class AdaptiveThreshold(LinearRouter):
         chosen = shifted >= 0
         gate = shifted.clamp(min=0) if self.weights == "shifted" else probs * chosen
         weights = gate / gate.sum(-1, keepdim=True).clamp(min=1e-20)  # all 0 where none is selected
-        return Routing(weights=weights, chosen=chosen, probs=probs, logits=logits, extras={"tau": tau, "shifted": shifted})
+        return Routing(weights=weights, chosen=chosen, probs=probs, logits=logits, extras={"tau": tau})

@@ -17,6 +17,10 @@ class Softmax(LinearRouter):
 
     kind = "softmax"
 
+    @property
+    def rule(self):
+        return route.Rule()
+
     def route(self, scores, training):
         p = route.softmax(scores)  # [..., E]
         return Routing(weights=p, probs=p, logits=scores)

@@ -13,6 +13,7 @@ from ..spec import NonNegative, Positive
 
 torch = Lazy("torch")
 F = Lazy("torch.nn.functional")
+route = Lazy("moabench.kernels.route")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,18 @@ class Threshold(GateNetwork):
         if self.grad == "none":  # no gradient at all, so that an optimiser leaves the head alone, weight decay included
             x, head = x.detach(), tuple(t.detach() for t in head)
         return torch.cat([gates, F.linear(x, *head)], dim=-1)  # the last column is tau's
+
+    @property
+    def rule(self):
+        return route.Rule(
+            activation="sigmoid",
+            select="threshold",
+            tau=self.gamma_max,
+            adaptive=self.dynamic,
+            shifted=self.grad == "subtract",
+            detach=self.grad == "none",
+            ste=self.temperature if self.grad == "ste" else 0.0,
+        )
 
     def route(self, scores, training):
         logits = scores[..., :-1] if self.dynamic else scores

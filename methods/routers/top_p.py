@@ -26,6 +26,10 @@ class TopP(LinearRouter):
     p: BelowOne = 0.8
     renormalize: bool = True
 
+    @property
+    def rule(self):
+        return route.Rule(select="top_p", mass=self.p, renormalize=self.renormalize)
+
     def route(self, scores, training):
         probs = route.softmax(scores)
         order = probs.detach().sort(dim=-1, descending=True, stable=True)

@@ -29,6 +29,10 @@ class TopK(LinearRouter):
         if self.k > experts:
             raise ConfigError(f"k={self.k}: expected at most the number of experts, {experts}.")
 
+    @property
+    def rule(self):
+        return route.Rule(select="top_k", k=self.k, renormalize=self.renormalize)
+
     def route(self, scores, training):
         probs = route.softmax(scores)
         ids = scores.detach().topk(self.k, dim=-1).indices  # [..., k]

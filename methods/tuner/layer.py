@@ -20,7 +20,7 @@ from moabench.kernels import lowrank
 from ..bank import Experts
 from ..catalog import Method, Mixture
 from ..recorder import Context
-from ..router import FactRouter, LinearRouter, Router
+from ..router import FactRouter, LinearRouter, Router, decide
 from ..routing import Routing
 from ..spec import ConfigError
 from .architecture import DecoderLayer, FeedForward, base_of, keys_values, project
@@ -141,18 +141,18 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         """Routing over T tokens of one block or feed-forward router that reads hidden [B, L, d]."""
         router, p = mixture.router, self.tensor(mixture, "router", place)
 
-        def decide(x: Tensor) -> Routing:
+        def made(x: Tensor) -> Routing:
             q = {k: t.to(x.dtype) for k, t in p.items()}
-            return router.route(scores_of(router, q, x), self.training)
+            return decide(router, scores_of(router, q, x), self.training)
 
         with torch.autocast(hidden.device.type, enabled=False):
             if isinstance(router, FactRouter):
                 routing = shared_decision(router, len(mixture.expert_names), self.context)
             elif router.granularity == "token":
-                routing = decide(hidden.flatten(0, -2).to(lowrank.full_precision(hidden.dtype)))
+                routing = made(hidden.flatten(0, -2).to(lowrank.full_precision(hidden.dtype)))
             else:
                 name = self.site_name(mixture, place)
-                routing = sequence_decision(router, name, hidden, self.context, decide).per_token(hidden.shape[1])
+                routing = sequence_decision(router, name, hidden, self.context, made).per_token(hidden.shape[1])
         if self.context.recorder is not None:
             self._record(mixture, [place], routing.map(lambda t: t.unsqueeze(1)))
         return routing
@@ -206,7 +206,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         """Weights [T, G, E] of the G routers of one term from their scores [T, G H] before the bias [G H]."""
         if bias is not None:
             scores = scores + bias
-        routing = term.mixture.router.route(scores.view(scores.shape[0], len(term.places), -1), self.training)
+        mask, stats = self.context.mask, self.context.recorder is not None
+        routing = decide(term.mixture.router, scores.view(scores.shape[0], len(term.places), -1), self.training, mask, stats)
         self._record(term.mixture, [p.role for p in term.places], routing)
         return routing.weights
 

@@ -1,4 +1,4 @@
-"""mix_ffn against an fp64 loop over tokens and selected experts: outputs and every gradient, from random cotangents.
+"""mix_ffn against an fp64 loop over tokens and selected experts: outputs and every gradient, from random cotangents, on both backends.
 
 Run: python -m pytest tests/kernels/test_mix_ffn.py
 """
@@ -11,8 +11,11 @@ import pytest
 import torch
 from compare import assert_near, relative_rms
 
+from moabench.kernels import backend
 from moabench.kernels.mix_ffn import ACTIVATIONS, mix_ffn
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS = [("torch", torch.float64), ("torch", torch.float32), ("triton", torch.float32)]
 NAMES = ("gate", "up", "s_gate", "s_up", "b_gate", "b_up", "a_down", "weights")
 BOUND = {torch.float64: 1e-13, torch.float32: 3e-6}
 SHAPES = [  # tokens, inner width, experts, rank, selected (0: all, without ids)
@@ -62,56 +65,63 @@ def loop(gate, up, s_gate, s_up, b_gate, b_up, a_down, weights, ids, act, keep=N
     return torch.stack(hbar), torch.stack(z)
 
 
-def compare(tensors, ids, act, dtype, dropout=0.0, keep=None):
+def compare(tensors, ids, act, dtype, dropout=0.0, keep=None, kernels="torch"):
     want = loop(*tensors, ids, act, keep)
     cotangents = [torch.randn_like(t) for t in want]
     expected = torch.autograd.grad(want, tensors, cotangents)
-    low = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    device = DEVICE if kernels == "triton" else "cpu"
+    low = [t.detach().to(device, dtype).requires_grad_() for t in tensors]
     torch.manual_seed(7)
-    got = mix_ffn(*low, ids, act=act, dropout=dropout)
+    with backend.use(kernels):
+        got = mix_ffn(*low, None if ids is None else ids.to(device), act=act, dropout=dropout)
     for name, g, w in zip(("hbar", "z"), got, want, strict=True):
         assert_near(name, g, w, BOUND[dtype])
-    grads = torch.autograd.grad(got, low, [c.to(dtype) for c in cotangents])
+    grads = torch.autograd.grad(got, low, [c.to(low[0]) for c in cotangents])
     for name, g, w in zip(NAMES, grads, expected, strict=True):
         assert_near(f"{name}.grad", g, w, BOUND[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("kernels", "dtype"), RUNS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_outputs_and_gradients(shape, dtype):
+def test_outputs_and_gradients(shape, kernels, dtype):
     torch.manual_seed(0)
     tensors, ids = inputs(*shape)
-    compare(tensors, ids, "silu", dtype)
+    compare(tensors, ids, "silu", dtype, kernels=kernels)
 
 
+@pytest.mark.parametrize(("kernels", "dtype"), RUNS[::2])
 @pytest.mark.parametrize("k", [0, 2])
 @pytest.mark.parametrize("act", sorted(ACTIVATIONS))
-def test_activations(act, k):
+def test_activations(act, k, kernels, dtype):
     torch.manual_seed(0)
     tensors, ids = inputs(6, 7, 3, 2, k)
-    compare(tensors, ids, act, torch.float64)
+    compare(tensors, ids, act, dtype, kernels=kernels)
 
 
+@pytest.mark.parametrize(("kernels", "dtype"), RUNS[::2])
 @pytest.mark.parametrize("k", [1, 2])
-def test_all_tokens_to_the_same_experts(k):
+def test_all_tokens_to_the_same_experts(k, kernels, dtype):
     torch.manual_seed(0)
     ids = torch.tensor([[3, 1][:k]] * 9)
     tensors, _ = inputs(9, 5, 5, 2, k, ids=ids)
-    compare(tensors, ids, "silu", torch.float64)
-    got = mix_ffn(*tensors, ids)
-    grad = torch.autograd.grad(got[0].sum() + got[1].sum(), tensors[4])[0].unflatten(1, (5, 2))
+    compare(tensors, ids, "silu", dtype, kernels=kernels)
+    low = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    with backend.use(kernels):
+        got = mix_ffn(*low, ids)
+    grad = torch.autograd.grad(got[0].sum() + got[1].sum(), low[4])[0].unflatten(1, (5, 2))
     idle = [e for e in range(5) if e not in ids[0]]
     assert not grad[:, idle].count_nonzero(), "an expert without a token got a gradient"
 
 
+@pytest.mark.parametrize(("kernels", "dtype"), RUNS[::2])
 @pytest.mark.parametrize("k", [0, 1, 2])
-def test_dropout_is_one_seeded_mask_on_the_input_of_a_down(k):
+def test_dropout_is_one_seeded_mask_on_the_input_of_a_down(k, kernels, dtype):
     torch.manual_seed(0)
     tensors, ids = inputs(8, 7, 3, 2, k)
     torch.manual_seed(7)
-    keep = torch.empty(8, 7, dtype=torch.float64).bernoulli_(0.6).div_(0.6)
+    keep = torch.empty(8, 7, dtype=dtype).bernoulli_(0.6).div_(0.6).double()
     assert 0 < (keep == 0).sum() < keep.numel()
-    compare(tensors, ids, "silu", torch.float64, dropout=0.4, keep=keep)
+    compare(tensors, ids, "silu", dtype, dropout=0.4, keep=keep, kernels=kernels)
 
 
 @pytest.mark.parametrize("output", [0, 1])

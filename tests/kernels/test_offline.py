@@ -29,12 +29,13 @@ def test_within_the_gates(file):
 
 def test_the_gate_can_fail():
     one = offline.Compiled("k", 90, 255, 8, 300_000, (), ())
-    assert offline.failures(one, needs_products=True) == (
+    assert offline.failures(one, True, "bf16") == (
         "spills 8 bytes",
         f"shared memory 300000 > {offline.SHARED[90]}",
         "no tensor-core instruction",
     )
-    assert offline.failures(offline.Compiled("k", 80, 64, 0, 1000, ("mma.sync",), ()), needs_products=True) == ()
+    assert offline.failures(offline.Compiled("k", 80, 64, 0, 1000, ("mma.sync",), ()), True, "bf16") == ()
+    assert offline.failures(offline.Compiled("k", 80, 64, 64, 1000), True, "fp32") == ()
 
 
 def test_the_interpreter_is_refused():

@@ -47,7 +47,7 @@ def test_switch_balance(scope, reduce, values, masked):
     for _ in range(3):
         probs, chosen = torch.randn(7, 4).softmax(-1), torch.rand(7, 4) > 0.4
         shifted = probs - 0.1
-        routings.append(routing_of(probs, chosen, mask, shifted=shifted))
+        routings.append(routing_of(probs, chosen, mask, tau=torch.full((7, 1), 0.1)))
         groups.append([(c, v) for c, v, m in zip(chosen, probs if values == "probs" else shifted, real, strict=True) if m])
     if scope == "model":
         groups = [[row for rows in groups for row in rows]]
