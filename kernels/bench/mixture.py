@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import moabench.methods as methods
 from moabench.kernels import backend, lowrank
+from moabench.methods.router import decide
 
 from . import forms
 from .measure import DTYPES, Options, Report, Setting, interleaved, largest_error, launches_and_waits
@@ -68,21 +69,22 @@ class Drawn:
         """The same values as leaves of another dtype."""
         return replace(self, tensors={k: t.detach().to(dtype).requires_grad_() for k, t in self.tensors.items()})
 
-    def route(self, scores: Tensor) -> methods.Routing:
-        """The decision for scores [T, H] without the bias."""
+    def biased(self, scores: Tensor) -> Tensor:
+        """Scores [T, H] with the router's bias."""
         bias = self.router.heads(self.tensors)[1]
-        return self.router.route(scores if bias is None else scores + bias, True)
+        return scores if bias is None else scores + bias
 
     def form(self, x: Tensor, form: forms.Form) -> Tensor:
         """The mixture in one of the other forms."""
         scores = F.linear(x.to(lowrank.full_precision(x.dtype)), self.router.heads(self.tensors)[0])
-        return form(x, self.tensors["A"], self.tensors["B"], self.route(scores), 1.0)
+        return form(x, self.tensors["A"], self.tensors["B"], self.router.route(self.biased(scores), True), 1.0)
 
     def ours(self, x: Tensor, name: backend.Name) -> Tensor:
         """Shrink, the bank's own rank-side mixture, expand: what every method runs on."""
         with backend.use(name):
             _, s, z = lowrank.linear_shrink(x, [], self.tensors["A"], self.tensors["weight"])
-            mixed = self.bank.mix(s.unsqueeze(1), self.route(z).weights.unsqueeze(1), self.constants)
+            weights = decide(self.router, self.biased(z), True).weights
+            mixed = self.bank.mix(s.unsqueeze(1), weights.unsqueeze(1), self.constants)
             return lowrank.expand_add_(x.new_zeros(x.shape[0], self.tensors["B"].shape[0]), [(mixed[:, 0], self.tensors["B"])])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -108,6 +109,14 @@ def test_rivals_of_a_mixture_agree(name):
     assert set(reasons) <= {"loop, compiled"}
 
 
+@pytest.mark.parametrize("name", ["molora", "moe_lora_topk"])
+def test_ours_on_triton_agrees_too(name):
+    drawn = mixture.draw(mixture.CASES[name], TINY)
+    x, dy = mixture.inputs(TINY, drawn)
+    got, want = (mixture.gradients(partial(drawn.ours, name=backend), x, dy, drawn.tensors) for backend in ("triton", "torch"))
+    assert largest_error(got, want) < 1e-5
+
+
 def test_inputs_leave_no_selection_to_rounding():
     setting = replace(TINY, tokens=4096, experts=3)
     drawn = mixture.draw(mixture.CASES["moe_lora_topk"], setting)
@@ -148,6 +157,14 @@ def test_a_wrong_form_is_found(monkeypatch, table, form, level):
     levels.check_parts(part(level), report, [n for n in levels.METHODS[level] if n in whole.PEERS], lambda name: True)
     assert any(form in line or form == "loop" for line in report.disagreements)
     assert command.finish(report, None) == 1
+
+
+def test_a_part_runs_on_the_backend_of_its_rival():
+    setting = whole.small(part("linear"))
+    base = whole.llama(setting, 1)
+    ours, (x, dy) = whole.attach("molora", base, setting), whole.hidden(setting)
+    ys = [whole.forward_backward(setting, whole.Rival("molora", b, ours, b), x, dy) for b in ("torch", "triton")]
+    assert relative_error(ys[1], ys[0]) < 1e-5
 
 
 def test_the_floor_is_the_flop_count_by_hand():
