@@ -93,7 +93,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     args = arguments(argv)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # renamed arguments of transformers
     import torch
 
     from .goals import summary
