@@ -191,6 +191,20 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """Measures of experts and hidden states on a fixed set of tokens, while training goes on."""
+
+    tokens: Annotated[int, Bound(ge=8)] = 1024
+    """Real tokens of the set."""
+    alone: Annotated[int, Bound(ge=8)] = 256
+    """Most of them on which blocks and feed-forward experts are run again with one expert alone, one left out."""
+    sites: Count = 8
+    """Most routed places, and most layers, that are measured, spread over depth."""
+    times: Annotated[int, Bound(ge=0)] = 10
+    """Probes after step 0, the last one at the end; 0: none at all."""
+
+
+@dataclass(frozen=True)
 class LoggerConfig:
     """Weights & Biases; the run folder is the record, this is a view of it."""
 
@@ -218,6 +232,7 @@ class RunConfig:
     forgetting: str = "auto"
     """Text whose loss is measured before and after training: auto (the corpus of the shipped model), none, or a text file."""
     budget: BudgetConfig = BudgetConfig()
+    probe: ProbeConfig = ProbeConfig()
     logger: LoggerConfig = LoggerConfig()
     runs_dir: str = "runs"
     seed: Annotated[int, Bound(ge=0)] = 0

@@ -33,11 +33,12 @@ from tqdm import tqdm
 from moabench.methods import record
 from moabench.methods.spec import ConfigError
 
-from . import batches, cache, tasks
+from . import batches, cache, readings, tasks
 from .batches import Example
 from .data import load_rows
 from .generation import generate
 from .meter import Meter
+from .readings import Choices
 from .scoring import Score, log_likelihoods
 
 if TYPE_CHECKING:
@@ -49,12 +50,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class EvalResult:
-    """metrics: `eval/<title>/<metric>` (title: task@source:protocol) and `load/<measure>`; samples: an example each (`_sample`);
-    routing: a site and expert each."""
+    """metrics: `eval/<title>/<metric>` (title: task@source:protocol), `load/`, `routing/` and `specialisation/<measure>`; samples: an
+    example each (`_sample`); routing: a task, skill, site and expert each; matrices: co-activation, an entry each."""
 
     metrics: dict[str, float]
     samples: list[Row]
     routing: list[Row]
+    matrices: list[Row]
 
 
 def evaluate(model, tokenizer, names: tuple[str, ...], cfg: RunConfig, progress: bool, skills: tuple[str, ...] = ()) -> EvalResult:
@@ -68,15 +70,20 @@ def evaluate(model, tokenizer, names: tuple[str, ...], cfg: RunConfig, progress:
         encode = partial(cache.encoded, Path(cfg.runs_dir).expanduser() / ".cache", eos=False, encode=batches.encode)
         lm = MaskedLM(model, tokenizer, cfg.train.eval_batch_size, progress, skills, encode)
         results = lm_evaluate(lm, {"tasks": dict(loaded)}, bootstrap_iters=1)
-        meters = _load(lm, loaded, progress)
+        load = _load(lm, loaded, progress)
     metrics, samples, routing, total = {"eval/cut_requests": lm.cut}, [], [], Meter()
     for name, task in loaded.items():
         title = tasks.title(name, cfg.data.source, task.form.protocol)
         metrics |= _metrics(f"eval/{title}", results["results"][name])
         samples += [_sample(record, task.form, title) for record in results["samples"][name]]
-        routing += meters[name].rows(task.form.task.split, title)
-        total.merge(meters[name])
-    return EvalResult(metrics | {f"load/{name}": value for name, value in total.measures().items()}, samples, routing)
+        whole = Meter()
+        for skill, meter in load.meters[name].items():
+            whole.merge(meter)
+            routing += readings.rows(meter, task.form.task.split, title, skill) if skill is not None else []
+        routing += readings.rows(whole, task.form.task.split, title)
+        total.merge(whole)
+    metrics |= readings.measures(total) | load.choices.measures()
+    return EvalResult(metrics, samples, routing, readings.coactivation(total, step=0))
 
 
 def load_tasks(names: Sequence[str], data: DataConfig, protocol: str = "native") -> dict[str, FormTask]:
@@ -204,22 +211,36 @@ class MaskedLM(HFLM):
         return texts
 
 
+@dataclass
+class Load:
+    """What the routers decided: by task and skill over tokens, and for each sequence."""
+
+    meters: dict[str, dict[str | None, Meter]]
+    choices: Choices
+
+
 @torch.no_grad()
-def _load(lm: MaskedLM, loaded: dict[str, FormTask], progress: bool) -> dict[str, Meter]:
-    """Expert load per task on prompt and right answer of every document; empty for a model without routers."""
-    meters, work = {name: Meter() for name in loaded}, []
+def _load(lm: MaskedLM, loaded: dict[str, FormTask], progress: bool) -> Load:
+    """Expert load on prompt and right answer of every document; empty for a model without routers. A batch holds one skill of a task."""
+    load, work = Load({name: {} for name in loaded}, Choices()), []
     for name, task in loaded.items():
         pairs = [(task.form.prompt(row), task.form.answer(row)) for row in task.eval_docs]
-        examples = [example.last(lm.max_length) for example in lm.examples(pairs, task.eval_docs)]
-        work += [(name, [examples[i] for i in chunk]) for chunk in batches.by_length([len(e.ids) for e in examples], lm.batch_size)]
-    for name, chunk in tqdm(work, desc="expert load", unit="batch", disable=not progress, leave=False):
+        groups: dict[str | None, list[Example]] = {}
+        for example, row in zip(lm.examples(pairs, task.eval_docs), task.eval_docs, strict=True):
+            groups.setdefault(row.get("skill"), []).append(example.last(lm.max_length))
+        for skill, examples in groups.items():
+            lengths = [len(e.ids) for e in examples]
+            work += [(name, skill, [examples[i] for i in chunk]) for chunk in batches.by_length(lengths, lm.batch_size)]
+    for name, skill, chunk in tqdm(work, desc="expert load", unit="batch", disable=not progress, leave=False):
         batch = batches.collate(chunk, lm.tokenizer.pad_token_id or 0)
         with record(lm.model) as rec:
             batches.forward(lm.model, batch, kept=1)
         if not rec.routing:
             break
-        meters[name].update(rec.routing, batch["input_ids"].shape)
-    return meters
+        shape = tuple(batch["input_ids"].shape)
+        load.meters[name].setdefault(skill, Meter(pairs=True)).update(rec.routing, shape)
+        load.choices.add(rec.routing, shape, [name] * len(chunk), [skill] * len(chunk))
+    return load
 
 
 def _metrics(prefix: str, result: Row) -> dict[str, float]:

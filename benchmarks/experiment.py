@@ -86,8 +86,10 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], resume: 
 def _measure(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: loggers.Logger, resume: bool) -> dict[str, Any]:
     """Evaluate the base, attach, train, evaluate; writes the tables and the adapter, returns the metrics."""
     from moabench import methods
+    from moabench.analysis.measures import headlines
     from moabench.benchmarks import forgetting
     from moabench.benchmarks.model import load_model
+    from moabench.benchmarks.probe import Probe
     from moabench.benchmarks.training import LiveLog, train
 
     trains = cfg.parsed_method.tuner != "none"
@@ -95,14 +97,15 @@ def _measure(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: logg
     rows, skills, metrics = _training_rows(cfg, path) if trains else ([], (), {})
     model, tokenizer = load_model(cfg.model, cfg.seed, device)
     base = _frozen_base(cfg, inputs, device, model, tokenizer, held_out)
+    probe = Probe(cfg, model, tokenizer, skills) if trains and cfg.probe.times else None  # sees the frozen model
     seed_everything(cfg.seed)  # the adapter's initialisation depends on nothing that happened before
     model = methods.attach(model, cfg.method)
     metrics |= {f"params/{part}": count for part, count in methods.param_count(model).items()}
-    history, routing = [], []
+    history, routing, matrices = [], [], []
     if trains:
         try:
-            live = [LiveLog(logger.log)]
-            trained = train(model, tokenizer, rows, cfg, path, resume=resume, progress=not cfg.quiet, callbacks=live, skills=skills)
+            options = {"progress": not cfg.quiet, "callbacks": [LiveLog(logger.log)], "skills": skills, "probe": probe}
+            trained = train(model, tokenizer, rows, cfg, path, resume=resume, **options)
         except ConfigError as error:  # a loss that is not finite: the run stays, with its reason
             raise RunError(str(error)) from error
         history, routing = [{"step": row["step"], **row} for row in trained.history], list(trained.routing)
@@ -111,13 +114,21 @@ def _measure(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: logg
         _save_adapter(cfg, path, inputs, model)
         found = _evaluated(cfg, model, tokenizer, held_out, skills)
         routing += found["routing"]
+        matrices = [row | {"step": trained.metrics.get("train/steps", 0)} for row in found["matrices"]]
     else:
         found = base
     metrics |= found["metrics"]
     metrics |= {f"base/{key.removeprefix('eval/')}": v for key, v in base["metrics"].items() if key.startswith("eval/")}
     if held_out:
         metrics |= forgetting.change(base["metrics"], found["metrics"])
-    for name, table in {"history": history, "routing": routing, "samples": found["samples"]}.items():
+    if probe is not None:
+        probe.finish()
+        metrics |= probe.metrics()
+        files.write_json(path / "probe.json", probe.record())
+    metrics |= headlines(metrics, cfg.parsed_method.heterogeneous)
+    tables = {"history": history, "routing": routing, "samples": found["samples"], "matrices": matrices}
+    tables |= {"probes": probe.rows, "matrices": [*probe.matrices, *matrices]} if probe is not None else {"probes": []}
+    for name, table in tables.items():
         files.write_parquet(path / f"{name}.parquet", table)
     files.write_json(path / "protocol.json", _protocols(cfg))
     return metrics
@@ -182,7 +193,7 @@ def _evaluated(cfg: RunConfig, model: Any, tokenizer: Any, held_out: list[str], 
     if held_out:
         loss = forgetting.text_loss(model, tokenizer, held_out, cfg.train.eval_batch_size, progress=not cfg.quiet)
         metrics |= {f"forgetting/{key}": value for key, value in loss.items()}
-    return {"metrics": metrics, "samples": result.samples, "routing": list(result.routing)}
+    return {"metrics": metrics, "samples": result.samples, "routing": list(result.routing), "matrices": list(result.matrices)}
 
 
 def _frozen_base(cfg: RunConfig, inputs: dict, device: str, model: Any, tokenizer: Any, held_out: list[str]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Expert load, counted while a model runs: sums per site that stay on the device, turned into rows and measures at the end.
+"""Expert load and routing, counted while a model runs: sums per site that stay on the device until somebody reads them.
 
     meter = Meter()
     with record(model) as rec:
         model(**batch)
     meter.update(rec.routing, batch["input_ids"].shape)
-    meter.rows(split="train", task="arc_easy@builtin"), meter.measures()
+    readings.rows(meter, split="train", task="arc_easy@builtin"), readings.measures(meter)
 
 Shapes: S sites stacked, T tokens, E experts. Padding counts nowhere. An update is a few passes over [S, T, E], no host sync.
 """
@@ -12,14 +12,15 @@ Shapes: S sites stacked, T tokens, E experts. Padding counts nowhere. An update 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moabench.analysis import load
+from moabench.analysis import balance, optimisation
+from moabench.analysis import routing as measure
 
 if TYPE_CHECKING:
     from moabench.methods import Routing
@@ -37,41 +38,44 @@ class Sums:
     """What was counted: token or sequence."""
     values: dict[str, Tensor]
     """int64: tokens [S], idle [S] (tokens without an expert), assignments [S, E]; float64: weights, members (weights as shares of
-    their row), probs [S, E], entropy (nats), max_vio (of each batch), batches [S]. No probs, entropy where a router has none."""
+    their row), probs [S, E], entropy (nats), max_vio (of each batch), batches, logsumexp [S], entropy_bins [S, BINS] (tokens by their
+    normalised entropy). No probs, entropy where a router has none, no logsumexp without logits. With `pairs`, also together [S, E, E]
+    (co-activation) and, where k is fixed, margin_bins [S, BINS]."""
 
 
 @dataclass
 class Meter:
-    """Accumulates `{site: Routing}` of any number of forward passes."""
+    """Accumulates `{site: Routing}` of any number of forward passes. pairs: count co-activation and margins too, which costs more."""
 
     groups: dict[tuple, Sums] = field(default_factory=dict)
+    pairs: bool = False
 
     @torch.no_grad()
     def update(self, routing: Mapping[str, Routing], shape: tuple[int, int]) -> None:
         """Adds one forward pass over input ids of `shape` [B, L]. A router that decides once a sequence is counted once a sequence."""
-        routing = {site: _once_a_sequence(r, shape) if r.granularity == "sequence" else r for site, r in routing.items()}
+        routing = {site: once_a_sequence(r, shape) if r.granularity == "sequence" else r for site, r in routing.items()}
         kinds: dict[tuple, list[str]] = {}
         for site, r in routing.items():
-            kinds.setdefault((r.weights.shape[-1], r.soft, r.probs is not None, r.granularity, str(r.weights.device)), []).append(site)
+            there = tuple(t is not None and t.shape[-1] for t in (r.probs, r.logits, r.ids))
+            kinds.setdefault((r.weights.shape[-1], r.soft, there, r.granularity, str(r.weights.device)), []).append(site)
         for kind, sites in kinds.items():
-            self._add((*sites, kind[1]), _sums(tuple(sites), [routing[site] for site in sites]))
+            self._add((*sites, kind[1]), _sums(tuple(sites), [routing[site] for site in sites], self.pairs))
 
     def merge(self, other: Meter) -> None:
         """Adds what another meter counted."""
         for key, sums in other.groups.items():
             self._add(key, sums)
 
-    def rows(self, split: str, task: str) -> list[dict[str, Any]]:
-        """One row per site and expert. `share` (f) is None for a soft mixture, where it would be 1/E whatever happens."""
-        return [row for sums in self.groups.values() for row in _rows(sums, split, task)]
+    def tensors(self) -> list[Tensor]:
+        """Every sum, in an order that is the same in all processes of a run."""
+        return [sums.values[name] for sums in self.groups.values() for name in sorted(sums.values)]
 
-    def measures(self) -> dict[str, float]:
-        """`<measure>` (mean over sites) and `<measure>_worst`, of the assignment share, or for soft mixtures of the soft load."""
-        values: dict[str, list[Tensor]] = {}
-        for sums in self.groups.values():
-            for name, value in _measures(sums).items():
-                values.setdefault(name, []).append(value)
-        return {key: v for name, parts in values.items() for key, v in load.over_sites(name, torch.cat(parts)).items()}
+    def holding(self, tensors: Sequence[Tensor]) -> Meter:
+        """This meter with other sums, in the order of `tensors()`."""
+        given = iter(tensors)
+        return Meter(
+            {key: replace(s, values={name: next(given) for name in sorted(s.values)}) for key, s in self.groups.items()}, self.pairs
+        )
 
     def state(self) -> list[dict[str, Any]]:
         """Plain data that `torch.save` writes and `Meter.from_state` reads."""
@@ -85,11 +89,40 @@ class Meter:
         if key not in self.groups:
             self.groups[key] = Sums(sums.sites, sums.experts, sums.soft, sums.unit, {k: v.clone() for k, v in sums.values.items()})
             return
-        for name, value in self.groups[key].values.items():
-            value.add_(sums.values[name].to(value.device))
+        values = self.groups[key].values
+        for name in list(values):
+            if name in sums.values:
+                values[name].add_(sums.values[name].to(values[name].device))
+            else:  # one side comes from a checkpoint of a version that did not count this: half a count is none
+                del values[name]
 
 
-def _once_a_sequence(r: Routing, shape: tuple[int, int]) -> Routing:
+def fetch(tensors: Sequence[Tensor], reduce: bool = False) -> list[Tensor]:
+    """The tensors on the host by one copy; with `reduce` summed over all processes first. Counts are exact to 2^53."""
+    if not tensors:
+        return []
+    flat = torch.cat([t.detach().reshape(-1).to(tensors[0].device, torch.float64) for t in tensors])
+    if reduce and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(flat)
+    parts = flat.cpu().split([t.numel() for t in tensors])
+    return [part.to(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def sequence_counts(routing: Sequence[Routing], shape: tuple[int, int]) -> Tensor:
+    """How often each sequence used each expert, [B, S, E] float32 on the host, of S sites with equally many experts.
+
+    Assignments, for soft mixtures weights as shares; over real tokens, or 1 in all where a router decides once a sequence.
+    """
+    found = []
+    for r in routing:
+        used = (balance.membership(r.weights.float()) if r.soft else r.chosen.float()).view(*shape, -1)
+        real = used.new_ones(shape) if r.mask is None else r.mask.view(shape).to(used.dtype)
+        sums = torch.einsum("bl,ble->be", real, used)
+        found.append(sums / real.sum(1, keepdim=True).clamp_min(1) if r.granularity == "sequence" else sums)
+    return torch.stack([sums.to(found[0].device) for sums in found], 1).cpu()
+
+
+def once_a_sequence(r: Routing, shape: tuple[int, int]) -> Routing:
     """A routing whose B*L rows repeat B decisions, with one row for each: that of the first real token."""
     if r.weights.shape[0] != shape[0] * shape[1]:
         return r
@@ -100,29 +133,38 @@ def _once_a_sequence(r: Routing, shape: tuple[int, int]) -> Routing:
     return replace(r.map(lambda t: t[first + mask.int().argmax(1)]), mask=mask.any(1))
 
 
-def _sums(sites: tuple[str, ...], routings: list[Routing]) -> Sums:
+def _sums(sites: tuple[str, ...], routings: list[Routing], pairs: bool) -> Sums:
     """The sums of one forward pass."""
     first = routings[0]
     weights = torch.stack([r.weights for r in routings]).float()  # [S, T, E]
+    experts = weights.shape[-1]
     real = _real(routings, weights)  # [S, T], 1 or 0
     tokens = real.sum(-1)
-    floats = {"weights": _over_tokens(real, weights), "members": _over_tokens(real, load.membership(weights))}
+    floats = {"weights": _over_tokens(real, weights), "members": _over_tokens(real, balance.membership(weights))}
     if first.probs is not None:
-        probs = load.membership(torch.stack([r.probs for r in routings]).float())
-        floats |= {"probs": _over_tokens(real, probs), "entropy": (load.entropy(probs) * real).sum(-1)}
+        probs = balance.membership(torch.stack([r.probs for r in routings]).float())
+        entropy = balance.entropy(probs)
+        floats |= {"probs": _over_tokens(real, probs), "entropy": (entropy * real).sum(-1)}
+        floats["entropy_bins"] = measure.histogram(entropy / math.log(max(experts, 2)), real)
+    if first.logits is not None:
+        floats["logsumexp"] = (optimisation.logsumexp(torch.stack([r.logits for r in routings]).float()) * real).sum(-1)
     if first.soft:
         assignments, idle = tokens.unsqueeze(-1).expand_as(floats["weights"]), torch.zeros_like(tokens)
-        share = load.importance(floats["members"])
+        share = balance.importance(floats["members"])
     else:
         chosen = torch.stack([r.chosen for r in routings]).float()
         assignments, idle = _over_tokens(real, chosen), ((chosen.amax(-1) == 0) * real).sum(-1)
-        share = load.assignment_share(assignments)
-    vio = load.max_vio(share)
+        share = balance.assignment_share(assignments)
+        if pairs:
+            floats["together"] = measure.together(chosen * real.unsqueeze(-1))
+    if pairs and first.ids is not None and first.probs is not None and first.ids.shape[-1] < experts:
+        floats["margin_bins"] = measure.histogram(measure.margin(probs, first.ids.shape[-1]), real)
+    vio = balance.max_vio(share)
     floats |= {"max_vio": vio.nan_to_num(0.0), "batches": (~vio.isnan()).float()}
     counts = {"tokens": tokens, "idle": idle, "assignments": assignments}
     values = {k: v.round().long() for k, v in counts.items()} | {k: v.double() for k, v in floats.items()}
-    experts = [tuple(r.experts) or tuple(map(str, range(r.weights.shape[-1]))) for r in routings]
-    return Sums(sites, experts, first.soft, first.granularity, values)
+    names = [tuple(r.experts) or tuple(map(str, range(experts))) for r in routings]
+    return Sums(sites, names, first.soft, first.granularity, values)
 
 
 def _real(routings: list[Routing], weights: Tensor) -> Tensor:
@@ -137,54 +179,3 @@ def _real(routings: list[Routing], weights: Tensor) -> Tensor:
 def _over_tokens(real: Tensor, values: Tensor) -> Tensor:
     """Sum over real tokens: [S, T], [S, T, E] -> [S, E]."""
     return torch.bmm(real.unsqueeze(1), values).squeeze(1)
-
-
-def _measures(sums: Sums) -> dict[str, Tensor]:
-    """Every load and routing measure [S] of one group."""
-    v = {name: value.cpu() for name, value in sums.values.items()}
-    share = load.importance(v["members"]) if sums.soft else load.assignment_share(v["assignments"])
-    found = load.balance(share)
-    tokens = v["tokens"].double()
-    found["max_vio_batch"] = v["max_vio"] / v["batches"]
-    found["gate_mass"] = v["weights"].sum(-1) / tokens
-    if not sums.soft:
-        found["dead_share"] = load.dead_share(v["assignments"]).masked_fill(v["tokens"] == 0, math.nan)
-        found["mean_active"] = load.mean_active(v["assignments"], v["tokens"])
-        found["dropped_share"] = v["idle"] / tokens
-    if "probs" in v:
-        mean_entropy = v["entropy"] / tokens
-        experts = v["probs"].shape[-1]
-        found["router_entropy"] = mean_entropy / math.log(experts) if experts > 1 else torch.ones_like(mean_entropy)
-        found["decisiveness"] = load.decisiveness(v["probs"] / tokens.unsqueeze(-1), mean_entropy)
-    return found
-
-
-def _rows(sums: Sums, split: str, task: str) -> list[dict[str, Any]]:
-    v = {name: value.cpu() for name, value in sums.values.items()}
-    tokens = v["tokens"].unsqueeze(-1)
-    per_expert = {
-        "assignments": v["assignments"],
-        "usage": load.usage(v["assignments"], v["tokens"]),
-        "share": load.assignment_share(v["assignments"]),
-        "soft_share": load.importance(v["members"]),
-        "importance": load.importance(v["weights"]),
-        "mean_weight": v["weights"] / tokens,
-        "mean_prob": v["probs"] / tokens if "probs" in v else None,
-    }
-    measures = _measures(sums)
-    per_site = {name: measures.get(name) for name in ("router_entropy", "decisiveness", "dropped_share")}
-    columns = {name: _plain(value) for name, value in per_expert.items()} | {name: _plain(value) for name, value in per_site.items()}
-    rows = []
-    for s, site in enumerate(sums.sites):
-        head = {"split": split, "task": task, "site": site, "unit": sums.unit, "soft": sums.soft, "tokens": int(v["tokens"][s])}
-        shared = {name: columns[name] and columns[name][s] for name in per_site}
-        for e, expert in enumerate(sums.experts[s]):
-            own = {name: columns[name] and columns[name][s][e] for name in per_expert}
-            if sums.soft:
-                own |= {"share": None, "usage": None, "assignments": None}
-            rows.append(head | {"expert": expert, "index": e} | own | shared)
-    return rows
-
-
-def _plain(value: Tensor | None) -> Any:
-    return None if value is None else value.tolist()

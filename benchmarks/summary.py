@@ -21,6 +21,13 @@ LOAD = {
 """Load measures that the table shows if a run has them; all are in metrics.json."""
 
 
+COLLAPSE = {
+    "mi_minus_null": "information on task or skill {:.3f} above chance",
+    "expert_cka": "CKA of experts {:.3f}",
+    "erank_ratio": "rank of hidden states {:.3f} of the base's",
+}
+"""What the headline numbers say of specialisation and collapse."""
+
 FORGETTING = {"before": "held-out text {:.3f} nats a token before", "loss": "{:.3f} after"}
 """The line on what was lost of the base's own text."""
 
@@ -102,9 +109,18 @@ def _facts(metrics: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     names = [key.removeprefix("train/loss_") for key in metrics if key.startswith("train/loss_") and key != "train/loss_total"]
     losses = [_figure(metrics, f"train/loss_{name}", f"{name} {{:.4g}}") for name in names]
     load = [_figure(metrics, f"load/{key}", f"{name} {{:.3g}}") for key, name in LOAD.items()]
+    alike = [_figure(metrics, f"headline/{key}", form) for key, form in COLLAPSE.items()]
     forgotten = [_figure(metrics, f"forgetting/{key}", form) for key, form in FORGETTING.items()]
     leaked = [_figure(metrics, f"leakage/{key}", form) for key, form in LEAKAGE.items()] if metrics.get("leakage/rows") else []
-    lines = {"parameters": [parameters], "training": parts, "losses": losses, "load": load, "forgetting": forgotten, "leakage": leaked}
+    lines = {
+        "parameters": [parameters],
+        "training": parts,
+        "losses": losses,
+        "load": load,
+        "collapse": alike,
+        "forgetting": forgotten,
+        "leakage": leaked,
+    }
     lines["folder"] = [str(folder)]
     joined = {name: ", ".join(filter(None, texts)) for name, texts in lines.items()}
     return [(name, text) for name, text in joined.items() if text]

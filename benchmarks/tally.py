@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .meter import Meter
+from . import readings
+from .meter import Meter, fetch
 
 
 @dataclass
@@ -36,17 +37,40 @@ class Tally:
         self.recent.update(routing, mask.shape)
 
     def window(self, step: int) -> dict[str, float]:
-        """A row of the history: means over the steps since the last row, which are then forgotten."""
+        """A row of the history: means over the steps since the last row, which are then forgotten.
+
+        Over all processes of a run: they all call this, each gets the same row but for its own clock. One copy from the device.
+        """
         steps, self.last_step = max(1, step - self.last_step), step
-        tokens, seconds = int(self.recent_tokens), self._lap()
-        row = {f"loss/{name}": float(value) / steps for name, value in self.losses.items()}
+        counted = fetch([*self.losses.values(), self.recent_tokens, *self.recent.tensors()], reduce=True)
+        losses, tokens = counted[: len(self.losses)], int(counted[len(self.losses)])
+        recent, seconds = self.recent.holding(counted[len(self.losses) + 1 :]), self._lap()
+        row = {f"loss/{name}": float(value) / steps / processes() for name, value in zip(self.losses, losses, strict=True)}
         row["loss/total"] = sum(row.values())
         row |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        row |= {f"load/{name}": value for name, value in self.recent.measures().items()}
+        row |= readings.measures(recent)
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-        self.load.merge(self.recent)
-        self.losses, self.recent_tokens, self.recent = {}, torch.zeros_like(self.recent_tokens), Meter()
+        self.load.merge(recent)
+        self._forget()
         return row
+
+    def gather(self) -> None:
+        """Before a checkpoint, which the first process alone writes: it takes over what all have counted since the last row."""
+        names, tensors = list(self.losses), [*self.losses.values(), self.recent_tokens, *self.recent.tensors()]
+        if processes() == 1:
+            return
+        counted = [sums.to(t.device) for sums, t in zip(fetch(tensors, reduce=True), tensors, strict=True)]
+        losses = dict(zip(names, counted[: len(names)], strict=True))
+        tokens, recent = counted[len(names)], self.recent.holding(counted[len(names) + 1 :])
+        self._forget()
+        if torch.distributed.get_rank() == 0:
+            self.losses, self.recent_tokens, self.recent = losses, tokens, recent
+        else:  # sums of nothing, of the same names, so that the next reduction has the same shape everywhere
+            self.losses = {name: torch.zeros_like(value) for name, value in losses.items()}
+            self.recent = recent.holding([torch.zeros_like(t) for t in recent.tensors()])
+
+    def _forget(self) -> None:
+        self.losses, self.recent_tokens, self.recent = {}, torch.zeros_like(self.recent_tokens), Meter()
 
     def state(self) -> dict[str, Any]:
         """Plain data for `torch.save`; the clock is stopped for it and starts again with `restore`."""
@@ -55,10 +79,14 @@ class Tally:
         return counted | {"recent": self.recent.state(), "load": self.load.state(), "elapsed": elapsed}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from what `state` returned."""
+        """Continues from what `state` returned; of several processes the first alone takes over what belongs to the next row."""
         for key in ("losses", "recent_tokens", "tokens", "seconds", "last_step"):
             setattr(self, key, state[key])
         self.recent, self.load = Meter.from_state(state["recent"]), Meter.from_state(state["load"])
+        if processes() > 1 and torch.distributed.get_rank() > 0:
+            self.losses = {name: torch.zeros_like(value) for name, value in self.losses.items()}
+            self.recent_tokens = torch.zeros_like(self.recent_tokens)
+            self.recent = self.recent.holding([torch.zeros_like(t) for t in self.recent.tensors()])
         self.started = time.perf_counter() - state["elapsed"]
 
     def start(self) -> None:
@@ -69,3 +97,13 @@ class Tally:
         now = time.perf_counter()
         seconds, self.started = now - self.started, now
         return seconds
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out what was spent on something that is not training."""
+        self.started += seconds
+
+
+def processes() -> int:
+    """Processes of this run."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1

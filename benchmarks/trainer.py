@@ -75,6 +75,10 @@ class MixtureTrainer(Trainer):
         """Examples are no dicts and have no columns to remove."""
         return data_collator
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.tally.gather()
+        super()._save_checkpoint(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """Writes what training changes, and the tally: exact for every method, and the frozen base is left out."""
         folder = Path(output_dir)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,19 +20,22 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moabench.methods.spec import ConfigError
 
-from . import batches, cache, mixes, tasks
+from . import batches, cache, mixes, readings, tasks
 from .batches import Example
 from .trainer import MixtureTrainer
 
 if TYPE_CHECKING:
     from .config import RunConfig
+    from .probe import Probe
+    from .tally import Tally
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """metrics: `train/...`, `memory/peak_bytes`, `load/train_...`; history: a row a logged step; routing: a row an expert."""
+    """metrics: `train/...`, `memory/peak_bytes`, `load/train_...`, `routing/train_...`; history: a row a logged step; routing: a row an
+    expert."""
 
     metrics: dict[str, float]
     history: list[dict[str, Any]]
@@ -48,8 +52,10 @@ def train(
     progress: bool,
     callbacks: Sequence[TrainerCallback] = (),
     skills: Sequence[str] = (),
+    probe: Probe | None = None,
 ) -> TrainResult:
-    """Trains what is trainable of `model`, in place; nothing happens where nothing is. skills: names in the order of their ids.
+    """Trains what is trainable of `model`, in place; nothing happens where nothing is. skills: names in the order of their ids. probe:
+    measures while training goes on; its time is no training time.
 
     Checkpoints go to run_dir/checkpoints; with `resume` the last one is continued, and the result equals an uninterrupted run's.
     Raises ConfigError for rows that cannot be trained on and for a loss that is not finite.
@@ -70,11 +76,13 @@ def train(
             data_collator=partial(_collate, pad=tokenizer.pad_token_id or 0, loss=cfg.train.loss),
             callbacks=[_Progress(progress), *callbacks],
         )
+        if probe is not None:
+            trainer.add_callback(Probing(probe, trainer.tally, folder / "probe.pt", resume))
         trainer.tally.start()
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resume else None)
     history = [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss/total" in row]
     metrics = _summary(history, trainer.tally) | peak | {"train/steps": steps, "train/cut_examples": cut}
-    return TrainResult(metrics, history, trainer.tally.load.rows("train", f"{cfg.mix.name}@{cfg.data.source}"))
+    return TrainResult(metrics, history, readings.rows(trainer.tally.load, "train", f"{cfg.mix.name}@{cfg.data.source}"))
 
 
 def encode_rows(tokenizer, rows: list[dict], cfg: RunConfig, skills: Sequence[str] = ()) -> tuple[list[Example], int]:
@@ -169,7 +177,7 @@ def _summary(history: list[dict[str, Any]], tally) -> dict[str, float]:
     return (
         {f"train/loss_{name}": value for name, value in losses.items()}
         | {"train/seconds": tally.seconds, "train/tokens": tally.tokens, "train/tokens_per_second": tally.tokens / tally.seconds}
-        | {f"load/train_{name}": value for name, value in tally.load.measures().items()}
+        | {name.replace("/", "/train_", 1): value for name, value in readings.measures(tally.load).items()}
     )
 
 
@@ -192,6 +200,30 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+class Probing(TrainerCallback):
+    """Measures at the probe's steps, and keeps what was found beside the checkpoints."""
+
+    def __init__(self, probe: Probe, tally: Tally, path: Path, resume: bool):
+        self.probe, self.tally, self.path, self.resume = probe, tally, path, resume
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self._measure(model, state)
+        elif self.resume:
+            self.probe.load(self.path, state.global_step)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.probe.steps(state.max_steps):
+            self._measure(model, state)
+
+    def _measure(self, model, state) -> None:
+        start = time.perf_counter()
+        self.probe.measure(model, state.global_step)
+        if state.is_world_process_zero:
+            self.probe.save(self.path)
+        self.tally.pause(time.perf_counter() - start)
 
 
 class LiveLog(TrainerCallback):

@@ -27,6 +27,8 @@ _HOME = {
     "record": "recorder",
     "capture_routing": "recorder",
     "Recorder": "recorder",
+    "watch": "effects",
+    "Watched": "effects",
     "Routing": "routing",
     "ConfigError": "spec",
     "Router": "router",

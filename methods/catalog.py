@@ -87,6 +87,11 @@ class Method:
     dora: bool
     data: dict[str, Any]
 
+    @property
+    def heterogeneous(self) -> bool:
+        """True where a router governs experts of different kinds or at different places, whose gates cannot be compared."""
+        return any(m.site != "linear" and m.routed and len({(bank, place) for bank, place, _ in m.experts}) > 1 for m in self.mixtures)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _MixtureKeys:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +21,8 @@ class Context:
     mask, prompt [B, L] bool: real tokens, prompt tokens (None: all). gates: decisions of sequence routers made at the prefill, kept
     beside the KV cache. continues: the pass goes on from a cache. shape: (B, L). input_ids [B, L] int64 and skill_ids [B] int64 are
     facts of the batch, None where they were not given; skill_ids only where a router reads them. shared: decisions [B L, E] that
-    all sites of this pass share.
+    all sites of this pass share. changes: by site name, what turns its router's decision into that which its experts are given
+    (effects.py); the recorder sees what the router decided.
     """
 
     mask: Tensor | None = None
@@ -34,6 +35,7 @@ class Context:
     continues: bool = False
     seen: set[tuple[str, ...]] = field(default_factory=set)
     shared: dict[str, Routing] = field(default_factory=dict)
+    changes: dict[str, Callable[[Routing], Routing]] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> Tensor | None:

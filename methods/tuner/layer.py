@@ -9,6 +9,8 @@ Shapes: B sequences, L positions, T = B L tokens, d width, G linears that share 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -155,7 +157,17 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
                 routing = sequence_decision(router, name, hidden, self.context, made).per_token(hidden.shape[1])
         if self.context.recorder is not None:
             self._record(mixture, [place], routing.map(lambda t: t.unsqueeze(1)))
-        return routing
+        change = self.context.changes.get(self.site_name(mixture, place)) if self.context.changes else None
+        return routing if change is None else change(routing)
+
+    @contextmanager
+    def within(self, context: Context) -> Iterator[None]:
+        """Modules of this layer called inside run as in a pass with this context."""
+        self.live = Live(context, self.plan)
+        try:
+            yield
+        finally:
+            self.live = None
 
     @property
     def context(self) -> Context:
@@ -183,7 +195,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         """Outputs [T, b] of the linears of one group, by attribute."""
         flat = x.reshape(-1, x.shape[-1])
         dropout = group.dropout if self.training else 0.0
-        pack = group.pack(self.owned, flat.dtype)
+        pack = group.pack(self.owned, flat.dtype, self.context.continues)
         linears = [parent._modules[name]._modules["base_layer"] for parent, name in group.linears]
         ys, s, z = project(linears, flat, pack.a, pack.heads, dropout)
         pieces = s.split_with_sizes(pack.sizes, -1) if len(pack.sizes) > 1 else (s,)
@@ -209,7 +221,10 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         mask, stats = self.context.mask, self.context.recorder is not None
         routing = decide(term.mixture.router, scores.view(scores.shape[0], len(term.places), -1), self.training, mask, stats)
         self._record(term.mixture, [p.role for p in term.places], routing)
-        return routing.weights
+        if not self.context.changes:
+            return routing.weights
+        changes = [self.context.changes.get(self.site_name(term.mixture, p.role), lambda r: r) for p in term.places]
+        return torch.stack([change(routing.map(lambda t, g=g: t[:, g])).weights for g, change in enumerate(changes)], 1)
 
     def _record(self, mixture: Mixture, places: list[str], routing: Routing) -> None:
         """Hand a routing [T, G, E] of G places to the open recorder."""
@@ -254,12 +269,12 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         return total
 
     def _keys_values(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Frozen keys and values of a parameter x [N, d]; kept without gradients until it changes, as decoding asks for each token."""
+        """Frozen keys and values of a parameter x [N, d]; kept while a KV cache is continued, as decoding asks for each token."""
         if torch.is_grad_enabled():
             return keys_values(self.layer, x.to(dtype))
         frozen = [base_of(getattr(p.parent, p.attribute)).weight for p in (self.layer.places["k"], self.layer.places["v"])]
         stamp = (dtype, *((t.data_ptr(), t._version) for t in (x, *frozen)))
-        if self._kept_keys.get(id(x), (None,))[0] != stamp:
+        if not self.context.continues or self._kept_keys.get(id(x), (None,))[0] != stamp:
             self._kept_keys[id(x)] = (stamp, keys_values(self.layer, x.to(dtype)))
         return self._kept_keys[id(x)][1]
 

@@ -19,6 +19,9 @@ from .layer import MixtureLayer
 from .plan import Plan
 from .sites import Site, layer_sites
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""The KV cache among a model's inputs and outputs: from transformers 5.24 on, and before."""
+
 
 class MixtureModel(BaseTuner):
     """The tuner that PEFT creates for MixtureConfig. Users reach it as `peft_model.base_model`."""
@@ -131,7 +134,7 @@ class MixtureModel(BaseTuner):
             )
         else:
             mask = None
-        cache = given.get("past_key_values")
+        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         labels = given.get("labels")
         if prompt is None and labels is not None:
             prompt = labels == -100
@@ -176,7 +179,7 @@ class MixtureModel(BaseTuner):
 
     def _keep_gates(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         context = kwargs.get("mixture_context")
-        cache = getattr(output, "past_key_values", None)
+        cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
         if context is None or not context.gates or cache is None or hasattr(cache, "mixture_gates"):
             return
         cache.mixture_gates = context.gates

@@ -93,14 +93,15 @@ class Group:
             values = {t.name: t.bank.dropout for t in self.terms}
             raise ConfigError(f"dropout={values}: expected one value on linears that share an input.")
 
-    def pack(self, owned: Tensors, dtype: torch.dtype) -> Pack:
-        """The group's tensors, A and B in `dtype`. Without gradients the result is kept until one of them changes: decoding would
-        otherwise pay for it at every token."""
+    def pack(self, owned: Tensors, dtype: torch.dtype, continues: bool) -> Pack:
+        """The group's tensors, A and B in `dtype`. A pass that continues a KV cache takes those of the pass before, unless a tensor has
+        changed: decoding would otherwise pay for it at every token. Other passes do not, since fused optimisers and writes through
+        `.data` change a tensor and leave its version as it was."""
         if torch.is_grad_enabled():
             return self._pack(owned, dtype)
         stamp = tuple([(t.data_ptr(), t._version) for t in map(owned.__getitem__, self.names)])
         kept = self.kept.get(dtype)
-        if kept is None or kept[0] != stamp:
+        if not continues or kept is None or kept[0] != stamp:
             kept = self.kept[dtype] = (stamp, self._pack(owned, dtype))
         return kept[1]
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bank import Experts, LinearExperts
 from ..router import Router
 
 if TYPE_CHECKING:
+    from ..catalog import Mixture
     from .layer import MixtureLayer
 
 
@@ -49,7 +50,8 @@ class BankView:
 class Site:
     """One place with its router (None where nothing is routed) and the banks that it governs.
 
-    `experts` names the router's outputs; `tensors` are the router's.
+    `experts` names the router's outputs; `tensors` are the router's. `module` is what runs there: the wrapped linear or feed-forward
+    block, or the decoder layer; `layer` is the layer's mixtures, of which `mixture` is this one. `place` is the last part of the name.
     """
 
     name: str
@@ -57,7 +59,11 @@ class Site:
     router: Router | None
     experts: tuple[str, ...]
     tensors: dict[str, Tensor]
-    banks: list[BankView] = field(default_factory=list)
+    banks: list[BankView]
+    place: str
+    module: nn.Module
+    layer: MixtureLayer
+    mixture: Mixture
 
 
 def layer_sites(layer: MixtureLayer) -> list[Site]:
@@ -74,5 +80,17 @@ def layer_sites(layer: MixtureLayer) -> list[Site]:
         for place, banks in groups:
             router = mixture.router if mixture.routed else None
             tensors = layer.tensor(mixture, "router", place) if mixture.routed else {}
-            sites.append(Site(layer.site_name(mixture, place), mixture.site, router, mixture.expert_names, tensors, banks))
+            name, module = layer.site_name(mixture, place), _module(layer, mixture.site, place)
+            sites.append(Site(name, mixture.site, router, mixture.expert_names, tensors, banks, place, module, layer, mixture))
     return sites
+
+
+def _module(layer: MixtureLayer, kind: str, place: str) -> nn.Module:
+    """The module whose output the experts of one place change."""
+    described = layer.layer
+    if kind == "block":
+        return described.module
+    if kind == "ffn":
+        return getattr(described.module, described.feed_forward_name)
+    linear = described.places[place]
+    return getattr(linear.parent, linear.attribute)

@@ -231,7 +231,7 @@ def test_expert_load_counts_each_real_token_of_question_and_answer_once(attached
             ids = tokenizer(form.prompt(row) + form.answer(row), return_tensors="pt")["input_ids"]
             site, routing = next(iter(capture_routing(model, {"input_ids": ids}).items()))
             counts, tokens = counts + routing.selected.sum(0), tokens + ids.shape[1]
-        found = [r for r in result.routing if r["task"] == f"{name}@local:loglikelihood" and r["site"] == site]
+        found = [r for r in result.routing if r["task"] == f"{name}@local:loglikelihood" and r["site"] == site and r["skill"] is None]
         assert [r["assignments"] for r in found] == counts.tolist()
         assert {(r["tokens"], r["split"], r["unit"]) for r in found} == {(tokens, "test", "token")}
         assert sum(r["share"] for r in found) == pytest.approx(1)

@@ -72,13 +72,75 @@ def test_the_record_is_complete(tmp_path):
         } <= metrics.keys()
     wanted = "train/loss_task train/tokens_per_second train/seconds memory/peak_bytes params/trainable params/total load/effective_experts"
     assert set(wanted.split()) <= metrics.keys()
-    tables = {name: pd.read_parquet(outcome.folder / f"{name}.parquet") for name in ("history", "routing", "samples")}
+    tables = {name: pd.read_parquet(outcome.folder / f"{name}.parquet") for name in ("history", "routing", "samples", "probes", "matrices")}
     assert list(tables["history"]["step"]) == [1, 2]
     assert {"site", "expert", "split", "task"} <= set(tables["routing"].columns)
     assert len(tables["samples"]) == 12
     assert not (outcome.folder / "checkpoints").exists()
     saved = RunConfig.from_composed(OmegaConf.to_container(OmegaConf.load(outcome.folder / "config.yaml")))
     assert outcome.folder.name.endswith(run_hash(saved, inputs(saved))[:8])
+
+
+HEADLINES = {f"headline/{name}" for name in ("max_vio", "effective_experts", "mi_minus_null", "expert_cka", "erank_ratio")}
+
+
+@pytest.mark.parametrize("method", ["moe_lora_topk", "moa_sparse", "molora_oracle", "lora", "none"])
+def test_measures_of_a_run_agree_with_its_tables(tmp_path, method):
+    """metrics.json against the rows it was made from; a method without routers has no measure of them, and the frozen base has none."""
+    overrides = ("method.experts.n=4",) if method == "molora_oracle" else ()
+    outcome = experiment.run(config(tmp_path, f"method={method}", *overrides, "task=conflict", "train.lr=0.05", "data.eval_limit=12"))
+    metrics, tables = outcome.metrics, {p.stem: pd.read_parquet(p) for p in outcome.folder.glob("*.parquet")}
+    found = {key for key in metrics if key.startswith("headline/") and not key.endswith("_worst")}
+    assert found == {"none": set(), "lora": {"headline/erank_ratio"}}.get(method, HEADLINES)
+    assert all(f"{key}_worst" in metrics for key in found)
+    assert set(tables) == {"history", "routing", "samples", "probes", "matrices"}
+    families = {key.split("/")[0] for key in metrics} & {"load", "routing", "specialisation", "experts"}
+    assert bool(families) == (method not in ("lora", "none"))
+    if method == "none":
+        assert not len(tables["probes"]) and not (outcome.folder / "probe.json").exists()
+        return
+    probes = tables["probes"]
+    assert sorted(probes["step"].unique()) == [0, 1, 2] == read_json(outcome.folder / "probe.json")["steps"]
+    last = probes.query("step == 2 and measure == 'representation/erank_ratio'")["value"]
+    assert metrics["headline/erank_ratio"] == pytest.approx(last.mean()) and metrics["headline/erank_ratio_worst"] == pytest.approx(
+        last.min()
+    )
+    if method == "lora":
+        return
+    last = probes.query("step == 2 and measure == 'experts/cka'")["value"]
+    assert (metrics["headline/expert_cka"], metrics["headline/expert_cka_worst"]) == pytest.approx((last.mean(), last.max()))
+    effective = "load/contribution_effective_experts" if method == "moa_sparse" else "load/effective_experts"
+    assert metrics["headline/effective_experts"] == metrics[effective]
+    assert set(tables["matrices"].columns) == {"step", "site", "name", "i", "j", "value"}
+    coactivation = tables["matrices"].query("name == 'coactivation' and i == j")
+    assert (coactivation["value"] == 1).all() and set(coactivation["step"]) == {2}
+    routing = tables["routing"]
+    whole, parts = routing[routing["skill"].isna() & (routing["split"] == "test")], routing[routing["skill"].notna()]
+    assert set(parts["skill"]) == {f"convention:{k}" for k in (1, 2, 3, 4)}
+    keys = ["task", "site", "expert"]
+    pd.testing.assert_series_equal(whole.groupby(keys)["assignments"].sum(), parts.groupby(keys)["assignments"].sum())
+    counts = whole.groupby(["site", "index"])["assignments"].sum().unstack()
+    vio = counts.max(axis=1) / counts.sum(axis=1) * counts.shape[1] - 1
+    assert (metrics["headline/max_vio"], metrics["headline/max_vio_worst"]) == pytest.approx((vio.mean(), vio.max()))
+    if method == "molora_oracle":
+        assert metrics["specialisation/skill_mi"] == pytest.approx(1) and metrics["headline/mi_minus_null"] > 0.5
+
+
+def test_all_methods_of_a_study_are_probed_on_the_same_tokens(tmp_path):
+    runs = [("method=lora",), ("method=molora", "seed=3", "train.lr=1e-4"), ("method=full",)]
+    folders = [experiment.run(config(tmp_path, *overrides)).folder for overrides in runs]
+    hashes = {read_json(folder / "probe.json")["hash"] for folder in folders}
+    assert len(hashes) == 1 and len(list((tmp_path / ".probes").iterdir())) == 1
+
+
+def test_probes_can_be_left_out(tmp_path):
+    outcome = experiment.run(config(tmp_path, "method=molora", "probe.times=0"))
+    assert not len(pd.read_parquet(outcome.folder / "probes.parquet"))
+    assert "headline/max_vio" in outcome.metrics and "headline/expert_cka" not in outcome.metrics
+    probed = experiment.run(config(tmp_path, "method=molora")).metrics
+    assert {k: v for k, v in settled(outcome.metrics).items() if k in probed} == {
+        k: v for k, v in settled(probed).items() if k in outcome.metrics
+    }
 
 
 def test_accuracy_agrees_with_the_samples(tmp_path):

@@ -237,3 +237,17 @@ def test_a_mask_that_hides_padding_is_refused_where_it_matters():
     model(input_ids=ids, attention_mask=mask)
     with pytest.raises(ConfigError, match="attention_mask"), methods.record(model):
         model(input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_nothing_kept_for_decoding_outlives_an_optimiser_step(name):
+    """Fused optimisers change a tensor and leave its version as it was, so that a kept copy does not look old."""
+    model, inputs = attached(name), batch()
+    before = logits(model, **inputs)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    model(**inputs).logits.square().mean().backward()
+    optimiser.step()
+    after, fresh = logits(model, **inputs), attached(name)
+    fresh.load_state_dict(model.state_dict())
+    assert not torch.allclose(after, before)
+    assert_near("logits after the step", after, logits(fresh, **inputs), 1e-6)

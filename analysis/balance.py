@@ -1,4 +1,4 @@
-"""Expert load and routing: how evenly, how decisively and how often the experts of a mixture are used.
+"""Expert load: how evenly and how often the experts of a mixture are used.
 
 Pure functions of tensors; the last axis is the experts (E), leading axes (sites, tasks, ...) are kept. Logarithms are natural.
 Shares come from counts summed over all tokens: sum first, divide last, since a mean of per-batch ratios is wrong when batches
@@ -59,6 +59,13 @@ def cv_floor(experts: int, assignments: int) -> float:
     return math.sqrt((experts - 1) / assignments)
 
 
+def floors(experts: int, assignments: int, draws: int = 1000, seed: int = 0) -> dict[str, float]:
+    """Mean of every measure of `BALANCE` for a uniform router with N independent assignments, by simulation: what chance alone shows."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.stack([torch.randint(experts, (assignments,), generator=generator).bincount(minlength=experts) for _ in range(draws)])
+    return {name: value.mean().item() for name, value in measures(assignment_share(counts)).items()}
+
+
 def max_vio(share: Tensor) -> Tensor:
     """`max_e f_e E - 1`, 0 .. E-1. Loss-free balancing, arXiv 2408.15664. Global over a set, or per batch and then averaged."""
     return share.amax(-1) * share.shape[-1] - 1
@@ -102,22 +109,14 @@ def rare_share(share: Tensor) -> Tensor:
     return rare.masked_fill(share.isnan().any(-1), math.nan)
 
 
+def dropped_share(idle: Tensor, tokens: Tensor) -> Tensor:
+    """Share of tokens that no expert serves (thresholds, capacity, null experts), 0 .. 1. idle, tokens: [...]."""
+    return idle.double() / tokens.double()
+
+
 def mean_active(assignments: Tensor, tokens: Tensor) -> Tensor:
     """`mean_t k_t = sum_e u_e`, 0 .. E: experts a token uses."""
     return usage(assignments, tokens).sum(-1)
-
-
-def router_entropy(probs: Tensor) -> Tensor:
-    """`H_t = -sum_e p_te ln p_te / ln E` [T], 0 .. 1, of rows that sum to one. Low beside an even load: specialised."""
-    return normalised_entropy(probs)
-
-
-def decisiveness(mean_probs: Tensor, mean_entropy: Tensor) -> Tensor:
-    """`I(expert; token) = H(mean_t p) - mean_t H(p_t)` in nats, 0 for a constant router of any kind, at most ln E.
-
-    mean_probs [..., E]; mean_entropy [...]: mean over tokens of the entropy in nats.
-    """
-    return entropy(mean_probs) - mean_entropy
 
 
 BALANCE = {
@@ -131,24 +130,10 @@ BALANCE = {
 }
 """Measures of one share vector, by the name under which results report them."""
 
-WORST = dict.fromkeys((*BALANCE, "max_vio_batch", "dead_share", "dropped_share"), Tensor.amax) | dict.fromkeys(
-    ("entropy", "effective_experts", "decisiveness"), Tensor.amin
-)
-"""Which end is worse, of the measures that have a worse end."""
 
-
-def balance(share: Tensor) -> dict[str, Tensor]:
+def measures(share: Tensor) -> dict[str, Tensor]:
     """Every measure of `BALANCE` of share [..., E]."""
     return {name: measure(share) for name, measure in BALANCE.items()}
-
-
-def over_sites(name: str, values: Tensor) -> dict[str, float]:
-    """`name`: mean over sites [S], and `name_worst`, since a mean hides one collapsed layer. NaN is left out, as is what has no value."""
-    values = values[~values.isnan()]
-    if not len(values):
-        return {}
-    found = {name: values.mean().item()}
-    return found | {f"{name}_worst": WORST[name](values).item()} if name in WORST else found
 
 
 def _share(sums: Tensor) -> Tensor:
