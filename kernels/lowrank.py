@@ -59,6 +59,12 @@ def shrink(x: Tensor, a: Tensor) -> Tensor:
     return linear_shrink(x, [], a)[1]
 
 
+def weigh(s: Tensor, w: Tensor, spread: Tensor) -> Tensor:
+    """`S * (w P)` [T, G, R] of s [T, G, R], w [T, G, E] and P = spread [E, R], the factor of each rank row in its owner's row. The factors
+    are made again in the backward: [T, G, E] is kept instead of [T, G, R]."""
+    return _Weigh.apply(s, w, spread.to(s.dtype))
+
+
 def expand_add_(y: Tensor, terms: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, slice]]) -> Tensor:
     """y [T, b] plus, in place, `S_j B_j^T` for each term (S_j [T, R_j], B_j [b_j, R_j], columns of y: all unless given)."""
     columns = tuple([term[2] if len(term) == 3 else slice(None) for term in terms])
@@ -109,6 +115,25 @@ class _LinearShrink(torch.autograd.Function):
             if ds is not None:
                 dx = ds @ rows if dx is None else step.add_(dx, ds, rows.t())
         return dx, da, dheads, None, *(None,) * (2 * len(weights))
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, s: Tensor, w: Tensor, spread: Tensor):
+        ctx.save_for_backward(s, w, spread)
+        return s * _factors(s, w, spread)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        s, w, spread = ctx.saved_tensors
+        ds = grad * _factors(s, w, spread) if ctx.needs_input_grad[0] else None
+        dw = ((grad * s).flatten(0, -2) @ spread.t()).view(w.shape).to(w.dtype) if ctx.needs_input_grad[1] else None
+        return ds, dw, None
+
+
+def _factors(s: Tensor, w: Tensor, spread: Tensor) -> Tensor:
+    return (w.to(s.dtype).flatten(0, -2) @ spread).view(s.shape)  # 2-D: a 3-D product may become T tiny ones
 
 
 class _ExpandAdd(torch.autograd.Function):

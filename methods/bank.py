@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from .lazy import Lazy
 from .params import Param
 from .spec import ConfigError, Count, NonNegative, Part, Share
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+lowrank = Lazy("moabench.kernels.lowrank")
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 Linear = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -132,10 +135,6 @@ def mix_constants(bank: LinearExperts) -> dict[str, Any]:
     return {"scale": scale, "expand": [[s * (e == o) for o, s in zip(bank.owner, scale, strict=True)] for e in range(bank.n)]}
 
 
-def row_weights(w: Tensor | None, c: Mapping[str, Tensor], dtype: Any) -> Tensor:
-    """Factor of each rank row in `dtype`: [T, G, R] from w [T, G, E], or [R] where there are no weights."""
-    if w is None:
-        return c["scale"].to(dtype)
-    tokens, sites, experts = w.shape
-    flat = w.to(dtype).reshape(-1, experts).mm(c["expand"].to(dtype))  # 2-D: a 3-D product may become T tiny ones
-    return flat.view(tokens, sites, -1)
+def weighed(s: Tensor, w: Tensor | None, c: Mapping[str, Tensor]) -> Tensor:
+    """s [T, G, R] with each rank row times its owner's weight in w [T, G, E] and its scale; the scale alone where there are no weights."""
+    return s * c["scale"].to(s.dtype) if w is None else lowrank.weigh(s, w, c["expand"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..bank import LinearExperts, mix_constants, row_weights
+from ..bank import LinearExperts, mix_constants, weighed
 from ..params import Param, linear_default
 
 
@@ -26,4 +26,4 @@ class LoRA(LinearExperts):
         return mix_constants(self)
 
     def mix(self, s, w, c):
-        return s * row_weights(w, c, s.dtype)
+        return weighed(s, w, c)

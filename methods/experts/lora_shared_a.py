@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..bank import LinearExperts, mix_constants, row_weights
+from ..bank import LinearExperts, mix_constants, weighed
 from ..params import Param, linear_default
 from ..spec import ConfigError
 
@@ -32,4 +32,4 @@ class SharedALoRA(LinearExperts):
 
     def mix(self, s, w, c):
         tiled = s.flatten(0, 1) @ c["tile"].to(s.dtype)  # A x once for each expert
-        return tiled.unflatten(0, s.shape[:2]) * row_weights(w, c, s.dtype)
+        return weighed(tiled.unflatten(0, s.shape[:2]), w, c)

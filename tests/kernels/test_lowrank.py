@@ -243,3 +243,26 @@ def test_repeats_bitwise_and_saves_nothing_of_output_width():
         results.append([out, z, *gradients([out, z], [torch.ones_like(out), torch.ones_like(z)], [x, a, b, heads])])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("owner", [[0], [0, 0, 1], [2, 0, 1, 1, 0, 2, 2]], ids=str)
+def test_weigh(owner, dtype):
+    """Each rank row times its owner's weight and scale, entry by entry; nothing but S and w is kept."""
+    torch.manual_seed(0)
+    tokens, sites, experts = 5, 2, max(owner) + 1
+    s, w, scale = randn(tokens, sites, len(owner)), randn(tokens, sites, experts), torch.rand(experts, dtype=torch.float64)
+    spread = torch.zeros(experts, len(owner), dtype=torch.float64)
+    for row, e in enumerate(owner):
+        spread[e, row] = scale[e]
+    want = torch.stack([s[..., row] * w[..., e] * scale[e] for row, e in enumerate(owner)], -1)
+    cotangent = torch.randn_like(want)
+    expected = gradients(want, cotangent, [s, w])
+    low = [t.detach().to(dtype).requires_grad_() for t in (s, w)]
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        got = lowrank.weigh(*low, spread)
+    assert {t.data_ptr() for t in saved if t.dim() == 3} == {t.data_ptr() for t in low}
+    assert_near("Sw", got, want, BOUND[dtype])
+    for name, g, e in zip(("s.grad", "w.grad"), gradients(got, cotangent.to(dtype), low), expected, strict=True):
+        assert_near(name, g, e, BOUND[dtype])
