@@ -64,11 +64,14 @@ class Router(Part):
 def decide(router: Router, scores: Tensor, training: bool, mask: Tensor | None = None, stats: bool = False) -> Routing:
     """The decision for scores [T, H] or [T, G, H]: `router.route`, or where Triton runs the kernel of its rule.
 
-    stats: let the kernel also sum the expert load over the tokens that mask [T] calls real, as `Routing.stats`.
+    stats: with the expert load over the tokens that mask [T] calls real, as `Routing.stats`; the kernel has it for nothing.
     """
     rule = router.rule
     if rule is None or not backend.triton_for(scores):
-        return router.route(scores, training)
+        routing = router.route(scores, training)
+        if stats:
+            routing.stats = fused.statistics(routing.weights, routing.chosen, routing.probs, routing.logits, mask)
+        return routing
     made = fused.decide(scores, rule, mask, stats)
     extras = {} if made.tau is None else {"tau": made.tau}
     logits = fused.experts_only(scores, rule)

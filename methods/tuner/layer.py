@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from moabench.kernels import grouped, lowrank
+from moabench.kernels import backend, grouped, lowrank
 
 from ..bank import Experts
 from ..catalog import Method, Mixture
@@ -229,7 +229,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         """Routing [T, G, E] of the G routers of one term from their scores [T, G H] before the bias [G H], as the experts are given it."""
         if bias is not None:
             scores = scores + bias
-        mask, stats = self.context.mask, self.context.recorder is not None
+        mask, stats = self.context.mask, self.context.recorder is not None and backend.triton_for(scores)
         routing = decide(term.mixture.router, scores.view(scores.shape[0], len(term.places), -1), self.training, mask, stats)
         self._record(term.mixture, [p.role for p in term.places], routing)
         if not self.context.changes:

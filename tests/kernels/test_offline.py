@@ -35,7 +35,7 @@ def test_the_gate_can_fail():
         "no tensor-core instruction",
     )
     assert offline.failures(offline.Compiled("k", 80, 64, 0, 1000, ("mma.sync",), ()), True, "bf16") == ()
-    assert offline.failures(offline.Compiled("k", 80, 64, 64, 1000), True, "fp32") == ()
+    assert offline.failures(offline.Compiled("k", 80, 64, 64, 1000, ()), True, "fp32") == ()
 
 
 def test_the_interpreter_is_refused():

@@ -55,7 +55,7 @@ def test_the_same_training_on_both_backends(name):
     whole = torch.stack([g.norm() for g in torch_gradients.values()]).norm()
     for tensor, gradient in gradients.items():
         difference = (gradient - torch_gradients[tensor]).norm()
-        assert difference <= 2e-5 * torch_gradients[tensor].norm() + 1e-5 * whole, tensor
+        assert difference <= 2e-5 * torch_gradients[tensor].norm() + 3e-5 * whole, tensor
     assert_near("logits", logits_, torch_logits, 2e-5)
 
 
