@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from . import backend
 
-BLOCK = 512 * 1024
-"""Bytes of one [tokens, f] tensor of a block: several fit a core's cache."""
+BLOCK = 1024 * 1024
+"""Bytes of one [tokens, f] tensor of a block: a few stay near the core, and a GEMM has tokens enough (measured, see README.md)."""
 
 ACTIVATIONS = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
