@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-PUBLIC = {"load": "reading", "Study": "reading"}
+PUBLIC = {"load": "reading", "Study": "reading", "problems": "comparing", "leaderboard": "tables", "figures": "plots", "report": "report"}
 """Public name -> the module that defines it."""
 
-__all__ = ["Study", "load"]
+__all__ = ["Study", "figures", "leaderboard", "load", "problems", "report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,10 @@ class Table:
         kept = tuple(c for c in self.columns if any(text(row.get(c.key), c.form) for row in self.rows))
         return Table(self.title, kept, self.rows, self.notes, self.best, self.tied)
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return markdown(self.shown())
+
     def sorted_by(self, key: str) -> Table:
         """Rows by a column: text and sizes ascending, scores descending, empty cells last. Raises ConfigError for an unknown column."""
         column = next((c for c in self.columns if key in (c.key, c.title)), None)
