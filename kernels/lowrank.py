@@ -181,9 +181,19 @@ def shrink_both(x: Tensor, a: Tensor, heads: Tensor | None) -> tuple[Tensor, Ten
         return F.linear(x, a), None
     full = full_precision(x.dtype)
     if x.dtype != full:
-        return F.linear(x, a), F.linear(x.to(full), heads.to(full))
+        return F.linear(x, a), _in_full(x, heads.to(full))
     s, z = F.linear(x, torch.cat([a, heads.to(full)])).split_with_sizes([a.shape[0], heads.shape[0]], -1)
     return s, z
+
+
+def _in_full(x: Tensor, heads: Tensor) -> Tensor:
+    """`X H^T` in the dtype of heads; on a CPU in blocks of tokens, whose wider copy then stays in cache."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.linear(x.to(heads.dtype), heads)
+    z, columns = x.new_empty(x.shape[0], heads.shape[0], dtype=heads.dtype), heads.t().contiguous()
+    for part, out in zip(x.split(256), z.split(256), strict=True):
+        torch.mm(part.to(heads.dtype), columns, out=out)
+    return z
 
 
 def add_(y: Tensor, s: Tensor, b: Tensor) -> Tensor:
