@@ -188,10 +188,11 @@ def shrink_both(x: Tensor, a: Tensor, heads: Tensor | None) -> tuple[Tensor, Ten
 
 def _in_full(x: Tensor, heads: Tensor) -> Tensor:
     """`X H^T` in the dtype of heads; on a CPU in blocks of tokens, whose wider copy then stays in cache."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    block = 256
+    if x.device.type != "cpu" or x.shape[0] <= block or torch.compiler.is_compiling():
         return F.linear(x.to(heads.dtype), heads)
     z, columns = x.new_empty(x.shape[0], heads.shape[0], dtype=heads.dtype), heads.t().contiguous()
-    for part, out in zip(x.split(256), z.split(256), strict=True):
+    for part, out in zip(x.split(block), z.split(block), strict=True):
         torch.mm(part.to(heads.dtype), columns, out=out)
     return z
 
