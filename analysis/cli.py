@@ -105,7 +105,7 @@ def _problems(study):
 def _show(given: argparse.Namespace, tables: list, study, more: str = "") -> None:
     from .rendering import render
 
-    text = render(tables, given.format) + more
+    text = render(tables, given.format, styled=sys.stdout.isatty() and not given.out) + more
     if given.out:
         write_text(Path(given.out), text)
         print(given.out)

@@ -306,6 +306,9 @@ def _states(entry: Entry, most: int) -> list[str]:
     for (state, reason), rows in lost.fillna({"reason": ""}).groupby(["state", "reason"]):
         seeds = ", ".join(str(seed) for seed in rows["seed"])
         found.append(f"{state}, seed {seeds}" + (f": {reason}" if reason else ""))
+    twice = entry.finished["seed"][entry.finished["seed"].duplicated()].unique()
+    if len(twice) and not entry.seedless:
+        found.append(f"seed {', '.join(map(str, twice))} more than once, which is no further evidence")
     if 0 < len(entry.finished) < most and not entry.seedless:
         found.append(f"{len(entry.finished)} of {most} seeds")
     return found

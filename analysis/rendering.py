@@ -90,6 +90,10 @@ SCORES = {"share", "ends", "points"}
 """Forms of which more is better."""
 
 
+PROSE = {"remarks", "apart", "reason", "value"}
+"""Columns whose text may go over several lines."""
+
+
 def text(value: Any, form: str) -> str:
     """A value as it stands in a cell; nothing for what is missing."""
     if value is None or (isinstance(value, float | Interval) and math.isnan(value[0] if isinstance(value, tuple) else value)):
@@ -102,22 +106,21 @@ def plain_value(value: Any) -> Any:
     return value.value if isinstance(value, Interval) else value
 
 
-def terminal(table: Table, width: int | None = None) -> str:
-    """For a terminal of that width; None: as wide as it needs to be."""
+def terminal(table: Table, styled: bool = False) -> str:
+    """As wide as its content; `styled`: bold and underlined by the terminal's own means."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
 
     drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns:
-        is_text = column.form == "text"
-        drawn.add_column(
-            column.title, justify="left" if is_text else "right", no_wrap=not is_text or column.key == "method", overflow="fold"
-        )
+        prose = column.key in PROSE
+        justify = "left" if column.form == "text" else "right"
+        drawn.add_column(column.title, justify=justify, no_wrap=not prose, overflow="fold", max_width=50 if prose else None)
     for i, cells in enumerate(table.cells()):
         drawn.add_row(*(_marked(table, i, j, _escaped(cell), "[bold]{}[/]", "[underline]{}[/]") for j, cell in enumerate(cells)))
     file = io.StringIO()
-    console = Console(file=file, width=width or 1000, highlight=False, force_terminal=width is not None)
+    console = Console(file=file, width=1000, highlight=False, force_terminal=styled)
     console.print(drawn)
     for note in table.notes:
         console.print(note, style="dim", markup=False, soft_wrap=True)
@@ -165,15 +168,18 @@ def as_csv(table: Table) -> str:
     return file.getvalue()
 
 
-FORMATS: dict[str, Callable[[Table], str]] = {"terminal": terminal, "markdown": markdown, "latex": latex, "csv": as_csv}
+FORMATS: dict[str, Callable[..., str]] = {"terminal": terminal, "markdown": markdown, "latex": latex, "csv": as_csv}
 """Name -> how a table is printed."""
 
 
-def render(tables: Sequence[Table], form: str) -> str:
-    """Tables one after the other. Raises ConfigError for an unknown format."""
+def render(tables: Sequence[Table], form: str, styled: bool = False) -> str:
+    """Tables one after the other; `styled`: for a terminal that shows bold and underlined. Raises ConfigError for an unknown format."""
     if form not in FORMATS:
         raise ConfigError(f"format={form!r}: no such format.{nearest(form, FORMATS)}")
-    return "\n".join(FORMATS[form](table if form == "csv" else table.shown()) for table in tables)
+    if form == "csv":
+        return "\n".join(map(as_csv, tables))
+    options = {"styled": styled} if form == "terminal" else {}
+    return "\n".join(FORMATS[form](table.shown(), **options) for table in tables)
 
 
 def _marked(table: Table, row: int, column: int, cell: str, bold: str, under: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = ("methods", "kernels", "benchmarks", "analysis", "conf")
-DATA = (".py", ".yaml", ".json", ".safetensors")
+DATA = (".py", ".yaml", ".json", ".safetensors", ".jinja", ".css", ".js", ".ipynb")
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,14 @@ def test_other_machines_commits_and_missing_seeds_are_remarked(tmp_path):
     assert found == ["1 of 2 seeds", "other machine than lora", "other commit than lora", "code with uncommitted changes"]
 
 
+def test_a_seed_that_was_run_twice_is_remarked(tmp_path):
+    """The same config on training rows that changed: two runs of one seed in one entry."""
+    run = write_run(tmp_path, "lora", 0)
+    run.rename(tmp_path / "arc-lora-tiny-s0-other"), write_run(tmp_path, "lora", 0)
+    problem = problem_of(tmp_path)
+    assert problem.remarks(problem.entry("lora")) == ["seed 0 more than once, which is no further evidence"]
+
+
 def test_a_difference_that_is_there_is_shown_and_one_that_is_not_is_not(runs_dir):
     pairs = {frozenset((p.a.label, p.b.label)): p for p in problem_of(runs_dir).pairs()}
     shown = pairs[frozenset(("molora", "lora"))]
