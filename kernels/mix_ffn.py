@@ -7,8 +7,8 @@ so that the block's output is `W_d hbar + sum_e B^d_e z_e`: frozen gate, up and 
 
 Shapes: T tokens, f inner width, E experts of r rank rows, R = E r, K selected experts a token. A sparse router's K selections are K
 passes over the inner width with the rank rows of other experts zeroed, not E passes and no gather: rank is cheap, passes are not. A soft
-router takes E passes of r rows. On a CPU all passes run over one block of tokens after the other, so that what they make of width f stays
-in the cache; nothing of it is kept, the backward makes it again (so do the Triton kernels, moabench.kernels.triton.mix_ffn).
+router takes E passes of r rows. On a CPU a pass goes through the tokens in blocks, so that what it makes of width f stays near the core.
+None of that is kept: the backward makes it again, as the Triton kernels do (moabench.kernels.triton.mix_ffn).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class _MixFFN(torch.autograd.Function):
 
 
 def _blocks(x: Tensor, total: int) -> list[slice]:
-    """The tokens of x [T, f] in blocks; one block where cache is no concern, as the compiler fuses the passes or the device is no CPU.
+    """The tokens of x [T, f] in blocks; one block under torch.compile, which fuses what a block does, and on other devices than CPUs.
 
     A block has at least R tokens, so that the parts of a gradient [R, f] are no larger than x, and enough for efficient GEMMs.
     """
