@@ -30,7 +30,7 @@ from moabench.benchmarks.files import read_json
 from moabench.benchmarks.summary import evaluated
 from moabench.methods.spec import ConfigError, nearest
 
-NAMED = ("method", "model", "task", "mix", "budget")
+NAMED = ("method", "model", "task", "mix")
 """Sections of the config whose `name` is the column of that name, as on the command line (`method=lora`)."""
 
 TABLES = ("history", "routing", "samples", "probes", "matrices")
@@ -211,7 +211,8 @@ def _named(config: Mapping[str, Any]) -> dict[str, Any]:
     for section in NAMED:
         if isinstance(config.get(section), Mapping):
             found[section] = found.pop(f"{section}.name", None)
-    found["data"] = found.pop("data.source", None)
+    for section, key in (("data", "source"), ("budget", "size")):
+        found[section] = found.pop(f"{section}.{key}", None)
     return {str(key): value for key, value in found.items()}
 
 

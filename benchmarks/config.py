@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from moabench.benchmarks import tasks
+from moabench.benchmarks.budget import BudgetConfig
 from moabench.benchmarks.mixes import MixConfig
 from moabench.benchmarks.world.facts import Axes
 from moabench.methods import catalog
@@ -184,13 +185,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class BudgetConfig:
-    """Trainable parameters every method is given; `none`: the sizes in the method's own file."""
-
-    name: Literal["none"] = "none"
-
-
-@dataclass(frozen=True)
 class ProbeConfig:
     """Measures of experts and hidden states on a fixed set of tokens, while training goes on."""
 
@@ -231,7 +225,7 @@ class RunConfig:
     """What becomes of training rows that are also evaluated."""
     forgetting: str = "auto"
     """Text whose loss is measured before and after training: auto (the corpus of the shipped model), none, or a text file."""
-    budget: BudgetConfig = BudgetConfig()
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     probe: ProbeConfig = ProbeConfig()
     logger: LoggerConfig = LoggerConfig()
     runs_dir: str = "runs"

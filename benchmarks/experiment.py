@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks import environment, files, loggers, runs, summary
+from moabench.benchmarks import budget, environment, files, loggers, runs, summary
 from moabench.benchmarks.config import RunConfig, digest, run_hash
 from moabench.benchmarks.files import RunError
 from moabench.benchmarks.runs import RunFolder
@@ -38,6 +38,7 @@ def run(cfg: RunConfig) -> Outcome:
     from moabench.benchmarks.model import check_folder
 
     check_folder(cfg.model)
+    cfg, solution = budget.apply(cfg)
     inputs = environment.inputs(cfg)
     config_hash = run_hash(cfg, inputs)
     name = f"{cfg.task.name}-{cfg.parsed_method.name}-{cfg.model.name}-s{cfg.seed}"
@@ -47,7 +48,9 @@ def run(cfg: RunConfig) -> Outcome:
         with folder.claim() as state:
             if ran := state != "finished":
                 _announce(cfg, folder, state)
-                _execute(cfg, folder, inputs, resume=state == "interrupted")
+                if solution is not None and not cfg.quiet:
+                    print(solution.words, file=sys.stderr)
+                _execute(cfg, folder, inputs, solution, resume=state == "interrupted")
     if not cfg.quiet:
         summary.show(folder.path, found=not ran)
     return Outcome(folder.path, folder.metrics(), ran)
@@ -59,7 +62,7 @@ def _announce(cfg: RunConfig, folder: RunFolder, state: runs.State) -> None:
         print(f"{folder.path} {doing}", file=sys.stderr, flush=True)
 
 
-def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], resume: bool) -> None:
+def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution: budget.Solution | None, resume: bool) -> None:
     """Everything between claiming the folder and its being finished."""
     from moabench.kernels import backend
 
@@ -75,6 +78,8 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], resume: 
     metrics = None
     try:
         metrics = _measure(cfg, path, inputs, device, logger, resume)
+        if solution is not None:
+            metrics |= {"budget/target": solution.target, "budget/reached": solution.reached}
         files.write_json(path / "metrics.json", metrics)
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
     except Exception as error:

@@ -26,6 +26,21 @@ def load_model(cfg: ModelConfig, seed: int, device: str) -> tuple[PreTrainedMode
     return (model if cfg.quantize else model.to(device)).eval(), tokenizer
 
 
+def skeleton(cfg: ModelConfig) -> PreTrainedModel:
+    """The base without weights, on the meta device: for counting. Needs the model's config alone. Raises ConfigError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_folder(cfg)
+    if cfg.kind == "random":
+        tokenizer = _tokenizer(cfg)
+        with torch.device("meta"):
+            return _random(cfg, tokenizer, seed=0)
+    with _one_error(cfg), torch.device("meta"):
+        config = AutoConfig.from_pretrained(cfg.folder or cfg.source, revision=cfg.revision or "main")
+        return AutoModelForCausalLM.from_config(config, attn_implementation=cfg.attention, dtype=getattr(torch, cfg.dtype))
+
+
 def check_folder(cfg: ModelConfig) -> None:
     """ConfigError where a local folder lacks what is needed; a hub id is left to `from_pretrained`."""
     folder = cfg.folder

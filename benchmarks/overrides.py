@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from moabench.benchmarks import config, tasks
+from moabench.benchmarks import budget, config, tasks
 from moabench.benchmarks.config import RunConfig, groups
 from moabench.methods.spec import ConfigError, nearest
 
@@ -44,8 +44,12 @@ def _checked(override: Any, text: str) -> str:
             if choice not in known[key]:
                 raise ConfigError(f"{key}={choice}: no such {key}.{nearest(choice, known[key])}")
     elif key == "task":
-        for value in _task_values(override):
+        for value in _values(override):
             tasks.resolve(value)
+    elif key == "budget":
+        for value in _values(override):
+            budget.Goal.read(value)
+        return f"budget.size={text.partition('=')[2]}"
     else:
         _check_key(key, override.value(), known)
         if override.type.name == "CHANGE" and "." in key:
@@ -64,8 +68,8 @@ def _choices(override: Any) -> Iterator[str]:
         yield "null" if value is None else str(value)
 
 
-def _task_values(override: Any) -> Iterator[Any]:
-    """What `task=` asks for: names, or lists of names; in a sweep several of them."""
+def _values(override: Any) -> Iterator[Any]:
+    """What an override asks for, in a sweep several values."""
     if override.is_sweep_override():
         yield from override.sweep_iterator(transformer=lambda element: element)
     else:

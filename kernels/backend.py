@@ -60,16 +60,21 @@ def triton_for(x: Tensor) -> bool:
     """Whether the Triton kernels run for a tensor like x. Raises RuntimeError where they were demanded and cannot."""
     if _selected == "torch":
         return False
-    fits = x.dtype in DTYPES and not torch.is_autocast_enabled(x.device.type)
+    fits = x.dtype in DTYPES and not autocasting(x)
     if _selected == "auto":
         return fits and x.is_cuda and installed()
     if not fits or not (x.is_cuda or interpreted()):
-        autocast = " under autocast" if torch.is_autocast_enabled(x.device.type) else ""
+        autocast = " under autocast" if autocasting(x) else ""
         raise RuntimeError(
             f"backend='triton': cannot run on {x.device.type} in {str(x.dtype).removeprefix('torch.')}{autocast}; expected a CUDA device "
             "(or TRITON_INTERPRET=1) and a model in float32, bfloat16 or float16. Other models take backend=torch or auto."
         )
     return True
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether ops on tensors like x choose their own precision; the meta device, which computes nothing, knows no autocast."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def describe(device: str | torch.device) -> str:

@@ -44,7 +44,7 @@ def linear_shrink(
     if any(t is not None and t.requires_grad for t in tensors) and torch.is_grad_enabled():
         return [F.linear(x, w, b) for w, b in frozen], *linear_shrink(x, [], a, heads)[1:]
     triton = backend.triton_for(x)
-    if torch.is_autocast_enabled(x.device.type):
+    if backend.autocasting(x):
         with torch.autocast(x.device.type, enabled=False):
             z = None if heads is None else F.linear(x.to(full_precision(x.dtype)), heads.to(full_precision(x.dtype)))
         return [F.linear(x, w, b) for w, b in frozen], F.linear(x, a), z

@@ -30,6 +30,8 @@ class Experts(Part):
 
     folder: ClassVar[str] = "moabench.methods.experts"
     place: ClassVar[Literal["linear", "ffn", "attention"]]
+    size: ClassVar[str] = "r"
+    """The option that says how large an expert is; its parameters grow linearly with it."""
 
     n: Count = 1
 

@@ -7,8 +7,8 @@ LoRA), `full` (every base parameter trains) or `none` (the frozen base).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,6 +86,12 @@ class Method:
     mixtures: tuple[Mixture, ...]
     dora: bool
     data: dict[str, Any]
+    layers: tuple[tuple[tuple[int, ...], Method], ...] = ()
+    """Decoder layers in which the experts have other options, from 0, and the method as it is there."""
+
+    def in_layer(self, index: int) -> Method:
+        """The method as it is in decoder layer `index`, from 0."""
+        return next((method for span, method in self.layers if index in span), self)
 
     @property
     def heterogeneous(self) -> bool:
@@ -115,6 +121,7 @@ class _MethodKeys(_MixtureKeys):
     tuner: Literal["mixture", "peft", "full", "none"] = "mixture"
     dora: bool = False
     also: dict | None = None
+    layers: dict | None = None
 
 
 def folder() -> Path:
@@ -157,17 +164,72 @@ def override(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def parse(data: Mapping[str, Any], path: str = "method") -> Method:
-    """Validated Method from plain data. Raises ConfigError naming the key, the value, what was expected and the nearest name."""
+    """Validated Method from plain data. Raises ConfigError naming the key, the value, what was expected and the nearest name.
+
+    `layers: {"0-3, 6": {experts: {r: 4}}}` gives the experts of some decoder layers other options (MoLA, arXiv 2402.08562, has more
+    experts in some of them); which kinds of experts there are, and the router, are the same in all.
+    """
     keys = build(_MethodKeys, data, path)
+    method = _parse(keys, path)
+    return replace(method, data=dict(data), layers=tuple(_in_layers(data, keys.layers or {}, method, path)))
+
+
+def _in_layers(data: Mapping[str, Any], changes: Mapping[Any, Any], method: Method, path: str) -> Iterator[tuple[tuple[int, ...], Method]]:
+    """The variants of a method by layer, checked."""
+    taken: set[int] = set()
+    for key, options in changes.items():
+        where = f"{path}.layers.{key}"
+        span = _span(str(key), f"{path}.layers")
+        if twice := taken.intersection(span):
+            raise ConfigError(f"{where}: layer {min(twice)} was named before; expected each layer once.")
+        taken |= set(span)
+        if not isinstance(options, Mapping) or not options.keys() <= {"experts", "also"}:
+            raise ConfigError(f"{where}={options!r}: expected options of 'experts', or of 'also.<mixture>.experts', that differ there.")
+        changed = override({k: v for k, v in data.items() if k != "layers"}, options)
+        found = _parse(build(_MethodKeys, changed, where), where)
+        if _shape(found) != _shape(method):
+            raise ConfigError(f"{where}={options!r}: expected the same banks, targets and routers as in the other layers.")
+        if any(loss.scope == "model" for m in method.mixtures for loss in m.losses.values()) and _counts(found) != _counts(method):
+            raise ConfigError(
+                f"{where}={options!r}: expected as many experts as elsewhere, since a loss with scope=model counts them together."
+            )
+        yield span, found
+
+
+def _span(text: str, path: str) -> tuple[int, ...]:
+    """Layers of '0-3, 6'."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
+            raise ConfigError(f"{path}: {text!r} names no layers; expected numbers from 0 and ranges, as '0-3, 6'.")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
+
+
+def _shape(method: Method) -> list:
+    """What is the same in all layers."""
+    return [
+        (m.name, m.site, m.router, m.losses, {name: (bank.kind, getattr(bank, "targets", ())) for name, bank in m.banks.items()})
+        for m in method.mixtures
+    ]
+
+
+def _counts(method: Method) -> list[int]:
+    return [len(m.expert_names) for m in method.mixtures]
+
+
+def _parse(keys: _MethodKeys, path: str) -> Method:
+    """The method, as it is where no layer differs; its `data` is left to the caller."""
     original = _read(keys.name) if keys.name in names() else {}
     if keys.tuner in ("full", "none"):
         if keys.experts or keys.also:
             raise ConfigError(f"{path}.experts={keys.experts!r}: expected none, since tuner={keys.tuner} has no adapter.")
-        return Method(keys.name, keys.tuner, (), False, dict(data))
+        return Method(keys.name, keys.tuner, (), False, {})
     main = _mixture("main", keys, original, path)
     if keys.tuner == "peft":
         _check_peft(main, path)
-        return Method(keys.name, keys.tuner, (main,), keys.dora, dict(data))
+        return Method(keys.name, keys.tuner, (main,), keys.dora, {})
     if keys.dora:
         raise ConfigError(f"{path}.dora=True: expected false; only tuner=peft has DoRA.")
     extra = []
@@ -179,7 +241,7 @@ def parse(data: Mapping[str, Any], path: str = "method") -> Method:
         inherited = _inherit(more.experts, keys.experts, f"{where}.experts")
         more = _MixtureKeys(**{**vars(more), "experts": inherited})
         extra.append(_mixture(name, more, (original.get("also") or {}).get(name, {}), where))
-    return Method(keys.name, keys.tuner, (main, *extra), False, dict(data))
+    return Method(keys.name, keys.tuner, (main, *extra), False, {})
 
 
 def _inherit(own: Mapping[str, Any], main: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -65,10 +65,11 @@ class SwitchBalance(Loss):
             scores = routing.probs if self.values == "probs" else routing.probs - routing.extras["tau"]
             shares.append(token_mean(routing.selected.to(scores.dtype), routing.mask))
             means.append(token_mean(scores, routing.mask))
-        f, p = torch.cat(shares), torch.cat(means)  # [S, E]
+        if len({share.shape[-1] for share in shares}) == 1:  # layers may differ in E
+            shares, means = [torch.cat(shares)], [torch.cat(means)]  # [S, E]
         if self.scope == "model":
-            f, p = f.mean(0, keepdim=True), p.mean(0, keepdim=True)
-        return f.shape[-1] * (f * p).sum(-1)
+            shares, means = [shares[0].mean(0, keepdim=True)], [means[0].mean(0, keepdim=True)]
+        return torch.cat([f.shape[-1] * (f * p).sum(-1) for f, p in zip(shares, means, strict=True)])
 
 
 @dataclass(frozen=True)

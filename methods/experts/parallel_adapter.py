@@ -22,6 +22,7 @@ class ParallelAdapter(FeedForwardExperts):
     """
 
     kind = "parallel_adapter"
+    size = "bottleneck"
     bottleneck: Count = 16
 
     def params(self, d, f):

@@ -21,6 +21,7 @@ class Prompt(AttentionExperts):
     """
 
     kind = "prompt"
+    size = "length"
     length: Count = 10
 
     def params(self, d, heads):

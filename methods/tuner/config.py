@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import catalog
 from ..catalog import Method
+from ..experts.lora import LoRA
 from ..spec import ConfigError
 from .architecture import PEFT_NAMES
 
@@ -54,10 +55,13 @@ def peft_config(data: dict[str, Any]) -> PeftConfig:
     if method.tuner == "mixture":
         return MixtureConfig(spec=dict(data), task_type="CAUSAL_LM")
     if method.tuner == "peft":
-        bank = next(iter(method.mixtures[0].banks.values()))
+        bank = _only_bank(method)
+        banks = {rf"layers\.({'|'.join(map(str, span))})\..*": _only_bank(variant) for span, variant in method.layers}
         return LoraConfig(
             r=bank.r,
             lora_alpha=bank.alpha,
+            rank_pattern={layers: b.r for layers, b in banks.items()},
+            alpha_pattern={layers: b.alpha for layers, b in banks.items()},
             lora_dropout=bank.dropout,
             use_rslora=bank.rslora,
             use_dora=method.dora,
@@ -65,6 +69,10 @@ def peft_config(data: dict[str, Any]) -> PeftConfig:
             task_type="CAUSAL_LM",
         )
     raise ConfigError(f"method={method.name!r}: has no adapter config; moabench.methods.attach(model, ...) prepares it.")
+
+
+def _only_bank(method: Method) -> LoRA:
+    return next(iter(method.mixtures[0].banks.values()))
 
 
 def load(name: str, **overrides: Any) -> PeftConfig:

@@ -10,7 +10,7 @@ Shapes: B sequences, L positions, T = B L tokens, d width, G linears that share 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -147,7 +147,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             q = {k: t.to(x.dtype) for k, t in p.items()}
             return decide(router, scores_of(router, q, x), self.training)
 
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False) if backend.autocasting(hidden) else nullcontext():
             if isinstance(router, FactRouter):
                 routing = shared_decision(router, len(mixture.expert_names), self.context)
             elif router.granularity == "token":

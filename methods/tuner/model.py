@@ -55,9 +55,12 @@ class MixtureModel(BaseTuner):
             found = {k: shape[k] for k in wrong}
             raise ConfigError(f"adapter was made for another base: it expects {wrong}, this model has {found}.")
         peft_config.base = shape
-        for layer in self._described(model).values():  # refuse before anything is attached
-            Plan(peft_config.method, layer)
-        if any(bank.place == "attention" for m in peft_config.method.mixtures for bank in m.banks.values()):
+        method = peft_config.method
+        if outside := {i for span, _ in method.layers for i in span if i >= len(self._layers)}:
+            raise ConfigError(f"layers: layer {min(outside)} is named, but this model's are 0 to {len(self._layers) - 1}.")
+        for i, layer in enumerate(self._described(model).values()):  # refuse before anything is attached
+            Plan(method.in_layer(i), layer)
+        if any(bank.place == "attention" for m in method.mixtures for bank in m.banks.values()):
             attention.route_attention(model)
 
     def _described(self, model: nn.Module) -> dict[str, DecoderLayer]:
@@ -69,7 +72,7 @@ class MixtureModel(BaseTuner):
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
         if not hasattr(target, "mixture"):
             target.mixture = MixtureLayer(DecoderLayer(current_key, target, self.model.config))
-        target.mixture.add(adapter_name, peft_config.method)
+        target.mixture.add(adapter_name, peft_config.method.in_layer(list(self._layers).index(current_key)))
 
     def mixture_layers(self) -> list[MixtureLayer]:
         """The MixtureLayer of each decoder layer, in order."""

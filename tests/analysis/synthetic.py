@@ -18,7 +18,7 @@ CONFIG = {
     "train": {"steps": 300, "lr": 3e-3, "batch_size": 16},
     "mix": {"name": "own", "own": True},
     "protocol": "native",
-    "budget": {"name": "none"},
+    "budget": {"size": "none"},
     "logger": {"kind": "none"},
     "runs_dir": "runs",
     "seed": 0,

@@ -31,13 +31,13 @@ CHOICES = [(group, choice) for group, choices in groups().items() for choice in 
 def test_every_choice_composes_and_validates(group, choice):
     cfg = composed(f"{group}={choice}", *NEEDS.get((group, choice), []))
     assert len(run_hash(cfg)) == 64
-    if group in ("method", "model", "mix", "budget"):
+    if group in ("method", "model", "mix"):
         part = getattr(cfg, group)
         assert (part["name"] if group == "method" else part.name) == choice, "the name inside a file is the file's"
 
 
 def test_every_group_has_choices():
-    assert {"method", "model", "data", "mix", "train", "budget", "logger"} <= groups().keys()
+    assert {"method", "model", "data", "mix", "train", "logger"} <= groups().keys()
 
 
 def test_defaults_are_the_documented_ones():
