@@ -34,6 +34,8 @@ examples:
   {prog} method=mixlora task=[arc,gsm8k] protocol=generate data=local data.root=../datasets
   {prog} model.path=path/or/hub-id train=paper data=hub
   {prog} -m method=none,lora,moa_soft,moa_sparse seed=0,1,2 quiet=true
+  {prog} +experiment=equal_budget                            a committed study: a file of conf/experiment with its grid
+  {prog} method=molora budget=lora_r37                       as many trainable parameters as LoRA of that rank
 
 choices (each is a file conf/<group>/<choice>.yaml):
 {choices}
@@ -76,6 +78,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _compose_and_run(argv: list[str]) -> None:
     import hydra
+    from omegaconf import OmegaConf
+
+    # `${variants:}` in an experiment: all of its variants, as choices of a sweep.
+    OmegaConf.register_new_resolver("variants", lambda *, _root_: ",".join(_root_.experiment.variants), replace=True)
 
     # Hydra then raises its errors instead of printing several lines and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -206,7 +206,30 @@ class LoggerConfig:
     mode: Literal["offline", "online"] = "offline"
     project: str = "moabench"
     group: str | None = None
-    """null: the study, which is task, model, and a digest of all but method and seed."""
+    """null: the experiment, else the study: task, model, and a digest of all but method and seed."""
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """The committed study that a run belongs to (conf/experiment); the run itself is the same as one given by hand."""
+
+    name: str | None = None
+    about: str = ""
+    variant: str | None = None
+    """Which of `variants` this run is."""
+    variants: dict[str, dict] = field(default_factory=dict)
+    """Variant -> what differs in it: dotted keys of the config, or `method` with the name of one."""
+
+    def __post_init__(self) -> None:
+        if (self.variant is None) != (not self.variants) or (self.variants and self.variant not in self.variants):
+            raise ConfigError(f"variant={self.variant!r}: expected a variant of the experiment.{nearest(str(self.variant), self.variants)}")
+
+    def applied(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """A composed config with the changes of the variant."""
+        changes = dict(self.variants.get(self.variant, {}))
+        if "method" in changes:
+            data = {**data, "method": catalog.raw(changes.pop("method"))}
+        return catalog.override(data, changes)
 
 
 @dataclass(frozen=True)
@@ -227,6 +250,7 @@ class RunConfig:
     """Text whose loss is measured before and after training: auto (the corpus of the shipped model), none, or a text file."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     probe: ProbeConfig = ProbeConfig()
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     logger: LoggerConfig = LoggerConfig()
     runs_dir: str = "runs"
     seed: Annotated[int, Bound(ge=0)] = 0
@@ -246,6 +270,8 @@ class RunConfig:
     def from_composed(cls, data: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
         """Validated config from what Hydra composed; `overrides`, as the user typed them, win over the recipes of `train`."""
         data = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+        if data.get("experiment"):
+            data = build(ExperimentConfig, data["experiment"], "experiment").applied(data)
         chosen = {re.sub(r"^[+~]*", "", text).partition("=")[0] for text in overrides}
         if isinstance(data.get("method"), dict):
             method = catalog.parse(data["method"], "method")
@@ -289,7 +315,7 @@ def _own_model(model: dict, chosen: set[str]) -> dict:
 
 
 NOT_IN_HASH = {
-    "runs_dir": None, "logger": None, "quiet": None, "traceback": None, "threads": None, "train": {"log_every", "save_every"},
+    "runs_dir": None, "experiment": None, "logger": None, "quiet": None, "traceback": None, "threads": None, "train": {"log_every", "save_every"},
 }  # fmt: skip
 """What cannot change the result: whole sections (None) or some of their keys."""
 

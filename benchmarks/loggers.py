@@ -94,7 +94,7 @@ def _wandb(cfg: RunConfig, folder: Path, run_hash: str) -> Any:
 
     options = {
         "project": cfg.logger.project,
-        "group": cfg.logger.group or study(cfg),
+        "group": cfg.logger.group or cfg.experiment.name or study(cfg),
         "job_type": cfg.parsed_method.name,
         "name": folder.name,
         "id": run_hash[:16],

@@ -43,6 +43,8 @@ def _checked(override: Any, text: str) -> str:
         for choice in _choices(override):
             if choice not in known[key]:
                 raise ConfigError(f"{key}={choice}: no such {key}.{nearest(choice, known[key])}")
+        if key == "experiment" and override.type.name == "CHANGE":
+            return f"+{text}"
     elif key == "task":
         for value in _values(override):
             tasks.resolve(value)
