@@ -78,10 +78,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _compose_and_run(argv: list[str]) -> None:
     import hydra
-    from omegaconf import OmegaConf
 
-    # `${variants:}` in an experiment: all of its variants, as choices of a sweep.
-    OmegaConf.register_new_resolver("variants", lambda *, _root_: ",".join(_root_.experiment.variants), replace=True)
+    register_resolvers()
 
     # Hydra then raises its errors instead of printing several lines and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -93,6 +91,13 @@ def _compose_and_run(argv: list[str]) -> None:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     finally:
         sys.argv = saved
+
+
+def register_resolvers() -> None:
+    """`${variants:}` in an experiment: all of its variants, as choices of a sweep."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("variants", lambda *, _root_: ",".join(_root_.experiment.variants), replace=True)
 
 
 def job(composed: Any) -> None:

@@ -315,7 +315,8 @@ def _own_model(model: dict, chosen: set[str]) -> dict:
 
 
 NOT_IN_HASH = {
-    "runs_dir": None, "experiment": None, "logger": None, "quiet": None, "traceback": None, "threads": None, "train": {"log_every", "save_every"},
+    "runs_dir": None, "experiment": None, "logger": None, "quiet": None, "traceback": None, "threads": None,
+    "train": {"log_every", "save_every"},
 }  # fmt: skip
 """What cannot change the result: whole sections (None) or some of their keys."""
 

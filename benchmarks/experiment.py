@@ -241,6 +241,8 @@ def set_globals(cfg: RunConfig) -> str:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every new tensor
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # between libraries, not for the user
+    # `cache`, its new name, is refused before transformers 5.24.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`past_key_values` is deprecated")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = cfg.device

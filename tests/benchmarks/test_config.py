@@ -29,7 +29,7 @@ CHOICES = [(group, choice) for group, choices in groups().items() for choice in 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_validates(group, choice):
-    cfg = composed(f"{group}={choice}", *NEEDS.get((group, choice), []))
+    cfg = composed(f"{'+' * (group == 'experiment')}{group}={choice}", *NEEDS.get((group, choice), []))
     assert len(run_hash(cfg)) == 64
     if group in ("method", "model", "mix"):
         part = getattr(cfg, group)
