@@ -128,6 +128,8 @@ class DataConfig:
     """Seed of the built-in world; the shipped model knows world 0."""
     world: Axes = field(default_factory=Axes)
     """Difficulty of the built-in world's questions (source=builtin)."""
+    held_out: bool = False
+    """Evaluate on a tenth of each train split, which is then not trained on, instead of on the split that is reported."""
     revisions: dict[str, str] = field(default_factory=dict)
     """Task -> commit of its public data set (source=hub), instead of the pinned one of the task's file."""
 
@@ -142,6 +144,11 @@ class DataConfig:
             raise ConfigError("root=null: data=local expects a folder with <task>/<split>.jsonl files, data.root=path/to/folder.")
         if self.source != "local" and self.root is not None:
             raise ConfigError(f"root={self.root!r}: only data=local reads a folder, and source is {self.source}.")
+
+    @property
+    def title(self) -> str:
+        """The source as in a result's name, `arc_easy@builtin`."""
+        return f"{self.source}-held_out" if self.held_out else self.source
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,8 @@ class TrainConfig:
     """Peak learning rate of adapters."""
     lr_full: Positive = 5e-4
     """Peak learning rate when the whole model is trained (method=full)."""
+    lr_grid: tuple[Positive, ...] = ()
+    """Rates of which the best one on held-out training rows is taken instead of `lr` (benchmarks/tuning.py)."""
     warmup: NonNegative = 0.06
     """Below 1: share of all steps; from 1 on: steps."""
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
@@ -182,6 +191,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError(f"steps={self.steps}, epochs={self.epochs}: expected exactly one of the two.")
+        if len(set(self.lr_grid)) < len(self.lr_grid) or len(self.lr_grid) == 1:
+            raise ConfigError(f"lr_grid={list(self.lr_grid)}: expected two or more different rates, or none.")
 
 
 @dataclass(frozen=True)

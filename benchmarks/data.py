@@ -16,6 +16,7 @@ the key, or the file and line, and what was expected.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -46,6 +47,21 @@ def load_rows(task: str, split: str, data: Any) -> list[dict[str, Any]]:
     if not rows:
         raise ConfigError(f"task {task}, split {split}, data.source={data.source}: no rows, expected at least one.")
     return [{**row, "task": found.name} for row in rows]
+
+
+def reported_rows(task: str, data: Any) -> list[dict[str, Any]]:
+    """The rows that a run evaluates on: those of the split that the task's file names, or with `data.held_out` those that `is_held_out`
+    says of its train split, the first `eval_limit` of them. Raises ConfigError."""
+    if not getattr(data, "held_out", False):
+        return load_rows(task, tasks.get(task).split, data)
+    if "train" not in splits(task, data):
+        raise ConfigError(f"data.held_out=True: task {task} with data.source={data.source} has no train split to hold rows out of.")
+    return [row for row in load_rows(task, "train", data) if is_held_out(row)][: data.eval_limit]
+
+
+def is_held_out(row: dict[str, Any]) -> bool:
+    """True for a tenth of all training rows, whatever their order and number."""
+    return hashlib.sha256(f"{row['task']} {row['id']}".encode()).digest()[0] < 26
 
 
 def splits(task: str, data: Any) -> tuple[str, ...]:

@@ -107,12 +107,12 @@ def _update(content: Any, path: Path) -> None:
 
 def evaluation_fingerprints(cfg: RunConfig) -> dict[str, str]:
     """By task: SHA-256 (16 hex digits) of its protocol's version and of the rows it reports; for the hub, of the pinned revision."""
-    from moabench.benchmarks.data import load_rows
+    from moabench.benchmarks.data import reported_rows
 
     found = {}
     for name in cfg.task.eval:
         task = tasks.get(name)
-        content = _pinned(cfg, name) if cfg.data.source == "hub" else load_rows(name, task.split, cfg.data)
+        content = _pinned(cfg, name) if cfg.data.source == "hub" else reported_rows(name, cfg.data)
         found[name] = digest([task.facts["version"], content])[:16]
     return found
 

@@ -35,7 +35,7 @@ from moabench.methods.spec import ConfigError
 
 from . import batches, cache, readings, tasks
 from .batches import Example
-from .data import load_rows
+from .data import reported_rows
 from .generation import generate
 from .meter import Meter
 from .readings import Choices
@@ -73,7 +73,7 @@ def evaluate(model, tokenizer, names: tuple[str, ...], cfg: RunConfig, progress:
         load = _load(lm, loaded, progress)
     metrics, samples, routing, total = {"eval/cut_requests": lm.cut}, [], [], Meter()
     for name, task in loaded.items():
-        title = tasks.title(name, cfg.data.source, task.form.protocol)
+        title = tasks.title(name, cfg.data.title, task.form.protocol)
         metrics |= _metrics(f"eval/{title}", results["results"][name])
         samples += [_sample(record, task.form, title) for record in results["samples"][name]]
         whole = Meter()
@@ -93,7 +93,7 @@ def load_tasks(names: Sequence[str], data: DataConfig, protocol: str = "native")
         task = tasks.get(name)
         if reason := task.unavailable(data.source, protocol):
             raise ConfigError(f"task {name} with data.source={data.source}, protocol={protocol}: {reason}.")
-        loaded[name] = FormTask(task.form(protocol), load_rows(name, task.split, data), task.tokens(data.source))
+        loaded[name] = FormTask(task.form(protocol), reported_rows(name, data), task.tokens(data.source))
     return loaded
 
 

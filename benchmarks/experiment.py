@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks import budget, environment, files, loggers, runs, summary
+from moabench.benchmarks import budget, environment, files, loggers, runs, summary, tuning
 from moabench.benchmarks.config import RunConfig, digest, run_hash
 from moabench.benchmarks.files import RunError
 from moabench.benchmarks.runs import RunFolder
@@ -74,10 +74,14 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution
     if not cfg.quiet:
         print(f"device {device}, kernels {backend.describe(device)}", file=sys.stderr)
     files.write_json(path / "environment.json", environment.describe(cfg, folder.hash, inputs, device))
+    found: dict[str, Any] = {}
+    if cfg.train.lr_grid and cfg.parsed_method.tuner != "none":
+        cfg, found = tuning.tuned(cfg, path)  # config.yaml keeps the grid, tuning.json has the choice
+        set_globals(cfg)  # as if there had been no trials
     logger = loggers.start(cfg, path, folder.hash)
     metrics = None
     try:
-        metrics = _measure(cfg, path, inputs, device, logger, resume)
+        metrics = _measure(cfg, path, inputs, device, logger, resume) | found
         if solution is not None:
             metrics |= {"budget/target": solution.target, "budget/reached": solution.reached}
         files.write_json(path / "metrics.json", metrics)
@@ -143,13 +147,15 @@ def _training_rows(cfg: RunConfig, path: Path) -> tuple[list[dict], tuple[str, .
     """Rows to train on, the names of the true skills in the order of their ids, and metrics; `data.json` and `leakage.json` say how
     the rows were made and which of them are evaluated too. Raises ConfigError with leakage=refuse."""
     from moabench.benchmarks import leakage, mixes, tasks
-    from moabench.benchmarks.data import load_rows
+    from moabench.benchmarks.data import is_held_out, reported_rows
 
     rows, record = mixes.training_rows(cfg.mix, cfg.task.eval, cfg.data, seed=0)  # one data set for all seeds of a study
     for name in dict.fromkeys(row["task"] for row in rows if "instruction" not in row):
         if reason := tasks.get(name).unavailable(cfg.data.source, cfg.protocol):
             raise ConfigError(f"mix={cfg.mix.name} trains on {name} with data.source={cfg.data.source}, protocol={cfg.protocol}: {reason}.")
-    evaluated = [row for task in cfg.task.eval for row in load_rows(task, tasks.get(task).split, cfg.data)]
+    if cfg.data.held_out:
+        rows = [row for row in rows if not is_held_out(row)]
+    evaluated = [row for task in cfg.task.eval for row in reported_rows(task, cfg.data)]
     # The built-in world is made of templates, where two facts differ in a word or two: nearness means nothing there.
     report = leakage.check(rows, evaluated, near=cfg.data.source != "builtin" or cfg.mix.file is not None)
     kept = leakage.apply(report, rows, cfg.leakage)
@@ -184,7 +190,7 @@ def _protocols(cfg: RunConfig) -> dict[str, Any]:
         about = {"loss": cfg.train.loss, "split": task.split, "version": task.facts["version"]}
         if form.extraction:
             about["max_new_tokens"] = task.tokens(cfg.data.source)
-        found[tasks.title(name, cfg.data.source, form.protocol)] = form.names | about
+        found[tasks.title(name, cfg.data.title, form.protocol)] = form.names | about
     return found
 
 

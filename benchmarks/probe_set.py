@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import batches, files, tasks
 from .batches import Example
 from .config import digest
-from .data import load_rows
+from .data import reported_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +73,6 @@ def _in_turn(cfg: RunConfig) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(task, form, row): the first row of each task, then the second of each ..."""
     columns = []
     for name in cfg.task.eval:
-        task = tasks.get(name)
-        rows = load_rows(name, task.split, cfg.data)
-        columns.append([(name, task.form(cfg.protocol), row) for row in rows])
+        form = tasks.get(name).form(cfg.protocol)
+        columns.append([(name, form, row) for row in reported_rows(name, cfg.data)])
     return (entry for line in zip_longest(*columns) for entry in line if entry is not None)
