@@ -265,6 +265,10 @@ def _mixture(name: str, keys: Any, original: Mapping[str, Any], path: str) -> Mi
         raise ConfigError(f"{path}.router.{error}") from None
     if losses and not mixture.routed:
         raise ConfigError(f"{path}.losses={sorted(losses)}: expected none, since router.kind=none routes nothing.")
+    for kind, loss in losses.items():
+        if loss.coef > 0 and loss.reads not in router.gives:
+            fit = ", ".join(sorted(name for name, part in Router.kinds().items() if loss.reads in part.gives and name != "none"))
+            raise ConfigError(f"{path}.losses.{kind}: reads {loss.reads}, which router.kind={router.kind} does not have; expected {fit}.")
     return mixture
 
 

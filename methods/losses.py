@@ -31,6 +31,11 @@ class Loss(Part):
     scope: Literal["site", "model"] = "site"
     reduce: Literal["sum", "mean"] = "sum"
 
+    @property
+    def reads(self) -> str:
+        """What it must find in a Routing, one of what `Router.gives` names."""
+        return "probs"
+
     def per_site(self, routings: Sequence[Routing]) -> Tensor:
         """Unreduced values [S] (or [1] for scope=model)."""
         raise NotImplementedError
@@ -59,6 +64,10 @@ class SwitchBalance(Loss):
     kind = "switch_balance"
     values: Literal["probs", "shifted"] = "probs"
 
+    @property
+    def reads(self):
+        return "probs" if self.values == "probs" else "tau"
+
     def per_site(self, routings):
         shares, means = [], []
         for routing in routings:
@@ -77,6 +86,10 @@ class ZLoss(Loss):
     """`L = mean_t logsumexp(z_t)^2` (ST-MoE, arXiv 2202.08906, eq. 5)."""
 
     kind = "z_loss"
+
+    @property
+    def reads(self):
+        return "logits"
 
     def per_site(self, routings):
         values = torch.cat([token_mean(r.logits.logsumexp(-1, keepdim=True).square(), r.mask)[:, 0] for r in routings])

@@ -36,6 +36,8 @@ class Router(Part):
     """
 
     folder: ClassVar[str] = "moabench.methods.routers"
+    gives: ClassVar[tuple[str, ...]] = ("probs", "logits")
+    """What a loss finds in its Routing besides weights and selection: probs, logits, tau."""
 
     granularity: Literal["token", "sequence"] = "token"
     pool: Literal["prompt_mean", "last_prompt", "official_mean"] = "prompt_mean"
@@ -105,6 +107,7 @@ class FactRouter(Router):
     They own no tensor. A pass has one decision, shared by all its sites; what is decided for a sequence is kept beside the KV cache.
     """
 
+    gives = ()
     reads_prompt: ClassVar[bool] = False
     """Whether the decision depends on which tokens are the prompt, so that padding must be known."""
 

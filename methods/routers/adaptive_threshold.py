@@ -26,6 +26,7 @@ class AdaptiveThreshold(LinearRouter):
     """
 
     kind = "adaptive_threshold"
+    gives = ("probs", "logits", "tau")
     tau_max: Positive | None = None
     threshold: Literal["adaptive", "constant"] = "adaptive"
     weights: Literal["shifted", "plain"] = "shifted"

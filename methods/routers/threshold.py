@@ -26,6 +26,7 @@ class Threshold(GateNetwork):
     """
 
     kind = "threshold"
+    gives = ("probs", "logits", "tau")
     gamma_max: NonNegative = 0.5
     dynamic: bool = True
     grad: Literal["none", "subtract", "ste"] = "none"

@@ -12,7 +12,7 @@ from moabench.kernels import grouped
 from ..bank import AttentionExperts, FeedForwardExperts, LinearExperts
 from ..catalog import Method, Mixture
 from ..params import Param
-from ..router import FactRouter
+from ..router import LinearRouter
 from ..spec import ConfigError
 from .architecture import INPUTS, DecoderLayer, Place
 
@@ -40,9 +40,9 @@ class Term:
 
     @property
     def apart(self) -> bool:
-        """True where the own routers are no linear map of the token: they decide once a sequence or from facts of the batch."""
+        """True where the scores of the own routers are no linear map of the token, which the group's GEMM could make."""
         router = self.mixture.router
-        return self.own_router and (router.granularity == "sequence" or isinstance(router, FactRouter))
+        return self.own_router and (router.granularity == "sequence" or not isinstance(router, LinearRouter))
 
     def sorts(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether its tokens are sorted by expert, rather than meeting all experts: every token selects K of them, and that is cheaper."""
