@@ -13,7 +13,7 @@ import threading
 import traceback
 from typing import Any
 
-from moabench.benchmarks import tasks
+from moabench.benchmarks import processes, tasks
 from moabench.benchmarks.config import CONF, RunConfig, groups
 from moabench.benchmarks.files import RunError, storage_error
 from moabench.benchmarks.overrides import nested, one_line, prepare
@@ -113,13 +113,15 @@ def job(composed: Any) -> None:
         data = OmegaConf.to_container(composed, resolve=True)
         show = data.get("traceback") is True
         cfg = RunConfig.from_composed(data, overrides)
-        if sweep and not cfg.quiet:
+        if sweep and not cfg.quiet and processes.rank() == 0:
             print(f"\n[{HydraConfig.get().job.num}] {' '.join(text.lstrip('+') for text in overrides)}", flush=True)
         from moabench.benchmarks.experiment import run
 
         run(cfg)
     except Exception as error:
         _SWEEP_FAILURES.append(report(error, show, label=f"[{HydraConfig.get().job.num}] " if sweep else ""))
+        if processes.count() > 1:
+            raise SystemExit(_SWEEP_FAILURES[-1]) from None  # the others wait for this one, and torchrun ends them
         if os.environ.get("MOABENCH_MAIN") != str(os.getpid()):
             # A worker process of a launcher: only an exception, one that pickles, tells the parent that the job failed.
             raise Reported(_SWEEP_FAILURES[-1]) from None

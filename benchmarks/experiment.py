@@ -6,18 +6,20 @@ imported, so that a mistake is answered at once and leaves nothing behind.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks import budget, environment, files, loggers, runs, summary, tuning
-from moabench.benchmarks.config import RunConfig, digest, run_hash
+from moabench.benchmarks import budget, environment, files, loggers, processes, runs, summary, tuning
+from moabench.benchmarks.config import LoggerConfig, RunConfig, digest, run_hash
 from moabench.benchmarks.files import RunError
 from moabench.benchmarks.runs import RunFolder
 from moabench.methods.spec import ConfigError
@@ -38,22 +40,43 @@ def run(cfg: RunConfig) -> Outcome:
     from moabench.benchmarks.model import check_folder
 
     check_folder(cfg.model)
-    cfg, solution = budget.apply(cfg)
+    processes.start(cfg.device)
+    with processes.first_alone():  # who keeps the solution for the others
+        cfg, solution = budget.apply(cfg)
     inputs = environment.inputs(cfg)
     config_hash = run_hash(cfg, inputs)
     name = f"{cfg.task.name}-{cfg.parsed_method.name}-{cfg.model.name}-s{cfg.seed}"
     folder = RunFolder(cfg.runs_dir, name, config_hash)
+    if processes.rank() > 0:
+        return _follow(cfg, folder, inputs)
     ran = False
     if folder.state() != "finished":
         with folder.claim() as state:
             if ran := state != "finished":
+                processes.told(state)
                 _announce(cfg, folder, state)
                 if solution is not None and not cfg.quiet:
                     print(solution.words, file=sys.stderr)
                 _execute(cfg, folder, inputs, solution, resume=state == "interrupted")
+    if not ran:
+        processes.told("finished")
     if not cfg.quiet:
         summary.show(folder.path, found=not ran)
     return Outcome(folder.path, folder.metrics(), ran)
+
+
+def _follow(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any]) -> Outcome:
+    """What the processes beside the first one do: the same, but what they write is thrown away."""
+    state = processes.told()
+    if state == "finished":
+        return Outcome(folder.path, folder.metrics(), ran=False)
+    cfg = dataclasses.replace(cfg, quiet=True, logger=LoggerConfig(kind="none"))
+    device = set_globals(cfg)
+    cfg, _ = _tuned(cfg, folder.path)
+    with tempfile.TemporaryDirectory() as scratch:
+        logger = loggers.start(cfg, Path(scratch), folder.hash)
+        metrics = _measure(cfg, Path(scratch), folder.path, inputs, device, logger, resume=state == "interrupted")
+    return Outcome(folder.path, metrics, ran=True)
 
 
 def _announce(cfg: RunConfig, folder: RunFolder, state: runs.State) -> None:
@@ -74,14 +97,11 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution
     if not cfg.quiet:
         print(f"device {device}, kernels {backend.describe(device)}", file=sys.stderr)
     files.write_json(path / "environment.json", environment.describe(cfg, folder.hash, inputs, device))
-    found: dict[str, Any] = {}
-    if cfg.train.lr_grid and cfg.parsed_method.tuner != "none":
-        cfg, found = tuning.tuned(cfg, path)  # config.yaml keeps the grid, tuning.json has the choice
-        set_globals(cfg)  # as if there had been no trials
+    cfg, found = _tuned(cfg, path)
     logger = loggers.start(cfg, path, folder.hash)
     metrics = None
     try:
-        metrics = _measure(cfg, path, inputs, device, logger, resume) | found
+        metrics = _measure(cfg, path, path, inputs, device, logger, resume) | found
         if solution is not None:
             metrics |= {"budget/target": solution.target, "budget/reached": solution.reached}
         files.write_json(path / "metrics.json", metrics)
@@ -92,8 +112,20 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution
         logger.finish(metrics)
 
 
-def _measure(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: loggers.Logger, resume: bool) -> dict[str, Any]:
-    """Evaluate the base, attach, train, evaluate; writes the tables and the adapter, returns the metrics."""
+def _tuned(cfg: RunConfig, path: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """`cfg` with the best rate of its grid, if it has one, and metrics of the tuning. config.yaml keeps the grid; the choice is in
+    tuning.json."""
+    if not cfg.train.lr_grid or cfg.parsed_method.tuner == "none":
+        return cfg, {}
+    found = tuning.tuned(cfg, path)
+    set_globals(cfg)  # as if there had been no trials
+    return found
+
+
+def _measure(
+    cfg: RunConfig, path: Path, checkpoints: Path, inputs: dict, device: str, logger: loggers.Logger, resume: bool
+) -> dict[str, Any]:
+    """Evaluate the base, attach, train, evaluate; writes the tables and the adapter to `path`, returns the metrics."""
     from moabench import methods
     from moabench.analysis.measures import headlines
     from moabench.benchmarks import forgetting
@@ -114,7 +146,7 @@ def _measure(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: logg
     if trains:
         try:
             options = {"progress": not cfg.quiet, "callbacks": [LiveLog(logger.log)], "skills": skills, "probe": probe}
-            trained = train(model, tokenizer, rows, cfg, path, resume=resume, **options)
+            trained = train(model, tokenizer, rows, cfg, checkpoints, resume=resume, **options)
         except ConfigError as error:  # a loss that is not finite: the run stays, with its reason
             raise RunError(str(error)) from error
         history, routing = [{"step": row["step"], **row} for row in trained.history], list(trained.routing)
@@ -254,6 +286,7 @@ def set_globals(cfg: RunConfig) -> str:
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = processes.device(device)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not available[device.partition(":")[0]]:
         there = ", ".join(name for name, present in available.items() if present)

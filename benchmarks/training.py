@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moabench.methods.spec import ConfigError
 
-from . import batches, cache, mixes, readings, tasks
+from . import batches, cache, mixes, processes, readings, tasks
 from .batches import Example
 from .trainer import MixtureTrainer
 
@@ -115,7 +114,7 @@ def _collate(examples: Sequence[Example], pad: int, loss: str) -> dict[str, Any]
 
 def _step_size(cfg: RunConfig) -> int:
     """Sequences per optimiser step, over all processes of a torchrun."""
-    return cfg.train.batch_size * cfg.train.accumulation * int(os.environ.get("WORLD_SIZE", 1))
+    return cfg.train.batch_size * cfg.train.accumulation * processes.count()
 
 
 def _steps(cfg: RunConfig, examples: int) -> int:
@@ -147,6 +146,7 @@ def _arguments(model, cfg: RunConfig, steps: int, folder: Path) -> TrainingArgum
         save_total_limit=1,
         seed=int(cfg.seed),
         use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=True,  # an untrained threshold head and an adapter behind a zero gate have no gradient
         dataloader_pin_memory=device.type == "cuda",
         disable_tqdm=True,
         report_to="none",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks import files
+from moabench.benchmarks import files, processes
 from moabench.benchmarks.config import LoggerConfig, RunConfig, TaskConfig
 from moabench.benchmarks.data import splits
 from moabench.benchmarks.files import RunError
@@ -44,11 +44,16 @@ def tuned(cfg: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     worked = [trial for trial in trials if trial.accuracy is not None]
     record = {"tasks": names, "trials": [vars(trial) for trial in trials]}
     if not worked:
-        files.write_json(folder / "tuning.json", record)
+        _write(folder, record)
         raise RunError("; ".join(f"train.lr={trial.lr:g}: {trial.reason}" for trial in trials))
     best = min(worked, key=lambda trial: (-trial.accuracy, trial.lr))
-    files.write_json(folder / "tuning.json", record | {"chosen": best.lr})
+    _write(folder, record | {"chosen": best.lr})
     return _with_rate(cfg, best.lr), {"tuning/lr": best.lr, "tuning/accuracy": best.accuracy, "tuning/trials": len(trials)}
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
+    if processes.rank() == 0:
+        files.write_json(folder / "tuning.json", record)
 
 
 def _at(cfg: RunConfig, lr: float, tasks: tuple[str, ...], folder: Path) -> RunConfig:
