@@ -8,9 +8,11 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
+import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +76,10 @@ class Chapter:
         return summary(self.problem, self.pairs)
 
     @cached_property
+    def protocol(self) -> list[tuple[str, str]]:
+        return protocol(self.problem)
+
+    @cached_property
     def comparisons(self) -> Table:
         return comparisons(self.problem, self.pairs).shown()
 
@@ -129,6 +135,50 @@ def summary(problem: Problem, pairs: list[Pair]) -> list[str]:
         found.append(f"Trained on other terms than most: {'; '.join(recipes)}.")
     lost = [f"{e.label} ({'; '.join(problem.remarks(e))})" for e in problem.entries if e.finished.empty]
     return [*found, f"Without a result: {', '.join(lost)}."] if lost else found
+
+
+def protocol(problem: Problem) -> list[tuple[str, str]]:
+    """(what, in words) of how the runs were made: study, questions, training, learning rate, budget, seeds. Of what differs between
+    entries, the usual value; leaderboard and remarks say who differs."""
+    trained = [e for e in problem.finished if e.setting.get("method.tuner") != "none"]
+    if not trained:
+        return []
+    usual = Counter(json.dumps(e.config | {"method": None, "seed": None}, sort_keys=True, default=str) for e in trained).most_common(1)[0][
+        0
+    ]
+    config = defaultdict(dict, json.loads(usual))
+    train, data = defaultdict(lambda: None, config["train"]), config["data"]
+    questions = "all questions" if data.get("eval_limit") is None else f"the first {data['eval_limit']} questions"
+    length = f"{train['steps']:,} steps" if train["steps"] else f"{train['epochs']} epochs"
+    size = f"{train['batch_size']} x {train['accumulation']}" if (train["accumulation"] or 1) > 1 else f"{train['batch_size']}"
+    found = [
+        ("study", ": ".join(filter(None, (config["experiment"].get("name"), config["experiment"].get("about"))))),
+        ("questions", f"{questions} of each task, once for each run, after training"),
+        ("training", f"{length} of {size} sequences, {train['schedule']} schedule, mix {config['mix'].get('name')}, the same rows for all"),
+        ("learning rate", _rates(trained, train)),
+        ("budget", _budget(trained, config["budget"])),
+        ("seeds", "; ".join(sorted({f"{e.label}: {', '.join(e.finished['seed'].astype(str))}" for e in trained}))),
+    ]
+    return [(what, words) for what, words in found if words]
+
+
+def _rates(trained: list[Entry], train: Mapping[str, Any]) -> str:
+    if not train["lr_grid"]:
+        return f"{train['lr']:g} at the peak for all adapters; no method was tuned"
+    taken = [
+        f"{e.label} {', '.join(f'{lr:g}' for lr in e.finished['tuning/lr'])}" for e in trained if "tuning/lr" in e.finished
+    ]  # fmt: skip
+    grid = ", ".join(f"{lr:g}" for lr in train["lr_grid"])
+    return f"of {grid}, the best on held-out training rows, for each run by itself: {'; '.join(taken)}"
+
+
+def _budget(trained: list[Entry], budget: Mapping[str, Any]) -> str:
+    if budget.get("size", "none") == "none":
+        return "none: each method has the size of its file"
+    if budget["match"] != "params":
+        return f"{budget['size']}, equal {budget['match']}: the length of training was solved for"
+    counts = [f"{e.label} {e.mean('params/trainable'):,.0f}" for e in trained]
+    return f"{budget['size']}, trainable parameters within {budget['tolerance']:.0%}, routers and gates included: {', '.join(counts)}"
 
 
 def _scope(problem: Problem, entries: list[Entry]) -> str:

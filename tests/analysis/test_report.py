@@ -11,7 +11,8 @@ from synthetic import write_run
 from moabench.analysis import load
 from moabench.analysis.cli import main
 from moabench.analysis.comparing import problems
-from moabench.analysis.report import report, summary
+from moabench.analysis.report import protocol, report, summary
+from moabench.benchmarks import files
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +121,24 @@ def test_in_a_browser_tables_sort_and_runs_have_pages(page, runs_dir, tmp_path):
     board = done.stdout[done.stdout.index(">Leaderboard<") : done.stdout.index(">Statistics<")]
     sizes = [int(size.replace(",", "")) for size in re.findall(r'<td class="number "[^>]*>(1,\d00)</td>', board)]
     assert sizes == [1000, 1000, 1500]
+
+
+def test_the_protocol_of_a_study_is_in_its_report(tmp_path):
+    """Budget, recipe and learning rates in words; rates that were tuned run by run are listed."""
+    budget = {"size": "lora_r8", "match": "params", "tolerance": 0.02}
+    for method, count in (("lora", 1000), ("molora", 1010)):
+        for seed in (0, 1):
+            changes = {"train__lr_grid": [1e-3, 2e-3], "train__accumulation": 2, "experiment": {"name": "small", "about": "two methods"}}
+            folder = write_run(tmp_path, method, seed=seed, trainable=count, budget=budget, **changes)
+            metrics = files.read_json(folder / "metrics.json")
+            files.write_json(folder / "metrics.json", metrics | {"tuning/lr": 1e-3 * (1 + seed)})
+    (problem,) = problems(load(tmp_path))
+    found = dict(protocol(problem))
+    assert found["study"] == "small: two methods"
+    assert found["training"].startswith("300 steps of 16 x 2 sequences")
+    assert found["learning rate"].startswith("of 0.001, 0.002, the best on held-out training rows")
+    assert "molora 0.001, 0.002" in found["learning rate"]
+    assert found["budget"].startswith("lora_r8, trainable parameters within 2%") and "molora 1,010" in found["budget"]
+    assert "lora: 0, 1; molora: 0, 1" in found["seeds"]
+    page = report(load(tmp_path))
+    assert "How it was done" in page and "the best on held-out training rows" in page
