@@ -35,6 +35,7 @@ examples:
   {prog} model.path=path/or/hub-id train=paper data=hub
   {prog} -m method=none,lora,moa_soft,moa_sparse seed=0,1,2 quiet=true
   {prog} +experiment=equal_budget                            a committed study: a file of conf/experiment with its grid
+  {prog} runs ls                                             what was run: also show, diff, rm, retry, rerun
   {prog} method=molora budget=lora_r37                       as many trainable parameters as LoRA of that rank
 
 choices (each is a file conf/<group>/<choice>.yaml):
@@ -56,6 +57,8 @@ _SWEEP_FAILURES: list[int] = []
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own arguments); returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["runs"]:
+        return _runs(argv[1:])
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
@@ -74,6 +77,17 @@ def main(argv: list[str] | None = None) -> int:
         return report(storage_error(error, error.filename or "the runs_dir"), show)
     except Exception as error:
         return report(error, show)
+
+
+def _runs(argv: list[str]) -> int:
+    from moabench.benchmarks import housekeeping
+
+    try:
+        return housekeeping.main(argv)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return report(error, show_traceback=False)
 
 
 def _compose_and_run(argv: list[str]) -> None:

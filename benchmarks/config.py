@@ -264,6 +264,8 @@ class RunConfig:
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     logger: LoggerConfig = LoggerConfig()
     runs_dir: str = "runs"
+    keep: Literal["adapter", "all", "none"] = "adapter"
+    """Weights in the run folder: the adapter, the last checkpoint (optimiser and random states) too, or none."""
     seed: Annotated[int, Bound(ge=0)] = 0
     device: str = "auto"
     backend: Literal["auto", "torch", "triton"] = "auto"
@@ -326,7 +328,7 @@ def _own_model(model: dict, chosen: set[str]) -> dict:
 
 
 NOT_IN_HASH = {
-    "runs_dir": None, "experiment": None, "logger": None, "quiet": None, "traceback": None, "threads": None,
+    "runs_dir": None, "keep": None, "experiment": None, "logger": None, "quiet": None, "traceback": None, "threads": None,
     "train": {"log_every", "save_every"},
 }  # fmt: skip
 """What cannot change the result: whole sections (None) or some of their keys."""

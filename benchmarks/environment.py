@@ -72,6 +72,21 @@ def commit() -> dict[str, Any]:
     return {"commit": head, "dirty": bool(changes.strip())}
 
 
+def code_diff() -> str | None:
+    """What was edited in tracked files since the commit, at most DIFF_CHARACTERS of it; None where nothing was, or without a repository."""
+    if not commit()["dirty"]:
+        return None
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "diff", "HEAD"]
+    try:
+        text = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return text if len(text) <= DIFF_CHARACTERS else text[:DIFF_CHARACTERS] + "\n(cut here)\n"
+
+
+DIFF_CHARACTERS = 2**20
+
+
 def inputs(cfg: RunConfig) -> dict[str, Any]:
     """Fingerprints of the weights and of the rows that the run reads; part of the run's hash. Raises ConfigError for bad data."""
     found = {"model": model_fingerprint(cfg.model), "evaluation": evaluation_fingerprints(cfg)}

@@ -25,6 +25,10 @@ from moabench.benchmarks.runs import RunFolder
 from moabench.methods.spec import ConfigError
 
 
+class OutOfMemory(RunError):
+    """The run needs more memory than there is; recorded by this name, and a sweep goes on."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What `run` gives back."""
@@ -97,6 +101,8 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution
     if not cfg.quiet:
         print(f"device {device}, kernels {backend.describe(device)}", file=sys.stderr)
     files.write_json(path / "environment.json", environment.describe(cfg, folder.hash, inputs, device))
+    if (diff := environment.code_diff()) is not None:
+        files.write_text(path / "code.diff", diff)
     cfg, found = _tuned(cfg, path)
     logger = loggers.start(cfg, path, folder.hash)
     metrics = None
@@ -105,7 +111,8 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution
         if solution is not None:
             metrics |= {"budget/target": solution.target, "budget/reached": solution.reached}
         files.write_json(path / "metrics.json", metrics)
-        shutil.rmtree(path / "checkpoints", ignore_errors=True)
+        if cfg.keep != "all":
+            shutil.rmtree(path / "checkpoints", ignore_errors=True)
     except Exception as error:
         raise _explained(error, path) from error
     finally:
@@ -152,7 +159,8 @@ def _measure(
         history, routing = [{"step": row["step"], **row} for row in trained.history], list(trained.routing)
         logger.log_history(history)
         metrics |= trained.metrics
-        _save_adapter(cfg, path, inputs, model)
+        if cfg.keep != "none":
+            _save_adapter(cfg, path, inputs, model)
         found = _evaluated(cfg, model, tokenizer, held_out, skills)
         routing += found["routing"]
         matrices = [row | {"step": trained.metrics.get("train/steps", 0)} for row in found["matrices"]]
@@ -325,7 +333,7 @@ def _explained(error: Exception, path: Path) -> Exception:
     if "No space left on device" in text or "os error 28" in text or "inline_container" in text or shutil.disk_usage(path).free == 0:
         return files.StorageError(f"cannot write {path}: the disk is full; free space or choose another runs_dir.")
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return RunError(f"out of memory ({text[:200]}). Expected less: a smaller train.batch_size with more train.accumulation.")
+        return OutOfMemory(f"out of memory ({text[:200]}). Expected less: a smaller train.batch_size with more train.accumulation.")
     return error
 
 

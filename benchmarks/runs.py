@@ -45,6 +45,13 @@ class RunFolder:
         self.path = Path(runs_dir).expanduser() / self.name
         self.hash = hash
 
+    @classmethod
+    def at(cls, path: Path) -> RunFolder:
+        """The run in an existing folder."""
+        folder = cls(path.parent, path.name, "")
+        folder.path, folder.name = path, path.name
+        return folder
+
     def status(self) -> dict[str, Any]:
         return read_json(self.path / "status.json") or {"state": "new"}
 
