@@ -108,10 +108,13 @@ class Chapter:
         for entry in self.problem.entries:
             for _, row in entry.runs.iterrows():
                 load = list(_load(by_run.get(row["run"])))
+                config = {
+                    key: value for key, value in self.problem.study.configs[row["run"]].items() if key != "runs_dir"
+                }  # a place, no fact
                 yield {
                     "name": row["run"], "label": entry.label, "state": row["state"], "reason": row["reason"],
                     "command": command(self.problem.study.configs[row["run"]]),
-                    "config": yaml.safe_dump(self.problem.study.configs[row["run"]], sort_keys=False, allow_unicode=True),
+                    "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
                     "environment": _some(row, "environment."), "metrics": _some(row, "", "/"),
                     "load": load, "experts": _experts(load),
                 }  # fmt: skip
