@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks import budget, environment, files, loggers, processes, runs, summary, tuning
+from moabench.benchmarks import budget, devices, environment, files, loggers, processes, runs, summary, tuning
 from moabench.benchmarks.config import LoggerConfig, RunConfig, digest, run_hash
 from moabench.benchmarks.files import RunError
 from moabench.benchmarks.runs import RunFolder
@@ -294,7 +294,8 @@ def set_globals(cfg: RunConfig) -> str:
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = processes.device(device)
+        if device == "cuda":
+            device = processes.device(device) if processes.count() > 1 else devices.own_gpu()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not available[device.partition(":")[0]]:
         there = ", ".join(name for name, present in available.items() if present)

@@ -117,8 +117,8 @@ def _ls(given: argparse.Namespace) -> int:
     found = _chosen(given)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in (("run", "left"), ("state", "left"), ("ended", "left"), ("accuracy %", "right"), ("MB", "right")):
-        table.add_column(name, justify=justify, no_wrap=name != "state")
-    total = 0
+        table.add_column(name, justify=justify, no_wrap=name != "run", overflow="fold")
+    total, lines = 0, []
     for path in found:
         status, metrics = files.read_json(path / "status.json") or {}, files.read_json(path / "metrics.json") or {}
         titles, used = summary.evaluated(metrics), size(path)
@@ -127,9 +127,12 @@ def _ls(given: argparse.Namespace) -> int:
         found_state = state(path)
         reason = f": {status['reason']}" if found_state == "failed" and status.get("reason") else ""
         shown = "" if accuracy is None else f"{100 * accuracy:.1f}"
-        table.add_row(path.name, found_state + reason, status.get("ended", ""), shown, f"{used / 1e6:.1f}")
+        lines += [f"{path.name} {found_state}{reason}"] if reason else []
+        table.add_row(path.name, found_state, status.get("ended", ""), shown, f"{used / 1e6:.1f}")
     console = Console(highlight=False)
     console.print(table)
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
     console.print(f"{len(found)} runs, {total / 1e6:,.1f} MB", markup=False)
     return 0
 

@@ -68,13 +68,17 @@ class Probe:
         return {round(i * last / self.times) for i in range(self.times + 1)}
 
     def measure(self, model: nn.Module, step: int) -> None:
-        """Adds what `model` is now as the rows of `step`."""
+        """Adds what `model` is now as the rows of `step`. Raises ConfigError for hidden states that are not finite."""
         routed = [site for site in _sites(model) if site.router is not None]
         chosen = [routed[i] for i in spread(len(routed), self.sites)]
         again = {site.name for site in chosen if can_run(site) and not has_low_rank(site)}
         with torch.no_grad(), undisturbed(model):
             with self._hidden(model) as hidden:
                 whole = Pass.of(model, self.batch, {site.name for site in chosen})
+            for index, x in hidden.items():
+                if not x.isfinite().all():
+                    layer = self.layers[index]
+                    raise ConfigError(f"{layer}: hidden states at step {step} are not finite; expected a lower learning rate.")
             part = Pass.of(model, self.part, again) if again else whole
             for index, x in hidden.items():
                 self._add(step, self.layers[index], of_hidden_states(x, *self.base[index], self.batch["attention_mask"].bool()))

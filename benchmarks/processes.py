@@ -25,8 +25,8 @@ def rank() -> int:
 
 
 def device(kind: str) -> str:
-    """The device of this process, where each one on a machine has a GPU of its own."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" and count() > 1 else kind
+    """The GPU of this process: each one on a machine has one of its own."""
+    return f"{kind}:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 def start(kind: str) -> None:
