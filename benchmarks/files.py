@@ -84,6 +84,12 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `write` and `write_folder` left in `folder` when their process was killed. Nobody may be writing there."""
+    for temporary in folder.glob(".*.tmp"):
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The file's content; None if there is no such file."""
     try:

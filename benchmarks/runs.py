@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from moabench.benchmarks.files import RunError, StorageError, read_json, storage_error, write_json
+from moabench.benchmarks.files import RunError, StorageError, read_json, remove_unfinished, storage_error, write_json
 from moabench.methods.spec import ConfigError
 
 HEARTBEAT_SECONDS = 10.0
@@ -71,6 +71,7 @@ class RunFolder:
         error in a run that was new leaves nothing behind. Raises Busy if another process holds the run.
         """
         with _lock(self.path) as owner:
+            remove_unfinished(self.path)
             found = self.status()
             if found["state"] == "finished":
                 yield "finished"

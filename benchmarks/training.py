@@ -79,7 +79,8 @@ def train(
             trainer.add_callback(Probing(probe, trainer.tally, folder / "probe.pt", resume))
         trainer.tally.start()
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resume else None)
-    history = [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss/total" in row]
+    # Columns in an order of their own: those of a resumed run come from a file that sorts them.
+    history = [{k: row[k] for k in sorted(row) if k != "epoch"} for row in trainer.state.log_history if "loss/total" in row]
     metrics = _summary(history, trainer.tally) | peak | {"train/steps": steps, "train/cut_examples": cut}
     return TrainResult(metrics, history, readings.rows(trainer.tally.load, "train", f"{cfg.mix.name}@{cfg.data.source}"))
 
