@@ -89,7 +89,12 @@ def test_all_seven_roles(name, plain):
             assert not torch.equal(logits(model, **batch()), want), f"{site.name} has no effect"
             bank.B.copy_(kept)
     model(**batch(), labels=batch()["input_ids"]).loss.backward()
-    assert not [n for n, p in trainable(model).items() if p.grad is None or not p.grad.count_nonzero()]
+    without = [n for n, p in trainable(model).items() if p.grad is None or not p.grad.count_nonzero()]
+    # AdaMoLE's weights are shares of their sum: 1, without a gradient, where every token of a site selects one expert.
+    routing = methods.capture_routing(model, batch()) if name == "adamole" else {}
+    alone = {site.rpartition(".")[::2] for site, r in routing.items() if (r.chosen[r.mask].sum(-1) == 1).all()}
+    assert not [n for n in without if not any(f"{layer}.mixture" in n and f"__router__{role}__" in n for layer, role in alone)]
+    assert len(alone) < 4
 
 
 def test_roles_of_a_fused_linear_are_its_slices():
