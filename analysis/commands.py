@@ -45,10 +45,18 @@ def _words(config: Mapping[str, Any]) -> list[str]:
         words.append(f"data.root={_typed(config['data']['root'])}")
     task = config["task"]["name"].split("+")
     words += [f"task={task[0] if len(task) == 1 else _typed(task)}", f"train={_recipe(config['train'])}"]
-    wanted, there = flat(_result(config, config)), flat(_result(_composed(tuple(words)), config))
+    wanted, there = (_flat(_result(data, config)) for data in (config, _composed(tuple(words))))
     changed = [f"{key}={_typed(value)}" for key, value in wanted.items() if key not in there or there[key] != value]
     defaults = {f"{key}={value}" for key, value in _defaults().items()}
     return [word for word in words if word not in defaults or word.startswith(("method=", "task="))] + changed
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """By dotted keys; what differs by layer is one value, since its keys ('0-3+6') are no words of a dotted key."""
+    layers = (config.get("method") or {}).get("layers")
+    if not layers:
+        return flat(config)
+    return flat({**config, "method": {k: v for k, v in config["method"].items() if k != "layers"}}) | {"method.layers": layers}
 
 
 def _recipe(train: Mapping[str, Any]) -> str:

@@ -190,6 +190,7 @@ def apply(cfg: RunConfig) -> tuple[RunConfig, Solution | None]:
         "model": dataclasses.asdict(cfg.model),
         "weights": environment.model_fingerprint(cfg.model),
         "budget": dataclasses.asdict(cfg.budget),
+        "versions": environment.versions(("moabench", "torch", "transformers", "peft")),
         "batch": cfg.train.batch_size,
         "device": cfg.device if cfg.budget.match == "time" else None,
         "threads": cfg.threads if cfg.budget.match == "time" else None,
@@ -296,13 +297,13 @@ def _layered(below: dict, above: dict, sizes: list[dict[Dial, Size]], many: int,
     if many in (0, skeleton.layers):
         data = above if many else below
         return skeleton.count(data), data, _listed(sizes[bool(many)])
-    spread = ", ".join(str((2 * i + 1) * skeleton.layers // (2 * many)) for i in range(many))
+    spread = "+".join(str((2 * i + 1) * skeleton.layers // (2 * many)) for i in range(many))
     changes: dict[str, Any] = {}
     for dial, size in sizes[1].items():
         changes = catalog.override(changes, dial.changes(size))
     data = catalog.override(below, {"layers": {spread: changes}})
     larger = {d: size for d, size in sizes[1].items() if size != sizes[0][d]}
-    return skeleton.count(data), data, f"{_listed(sizes[0])}; {_listed(larger)} in layers {spread}"
+    return skeleton.count(data), data, f"{_listed(sizes[0])}; {_listed(larger)} in layers {spread.replace('+', ', ')}"
 
 
 def _listed(sizes: Mapping[Dial, Size]) -> str:

@@ -7,6 +7,7 @@ LoRA), `full` (every base parameter trains) or `none` (the frozen base).
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -197,9 +198,9 @@ def _in_layers(data: Mapping[str, Any], changes: Mapping[Any, Any], method: Meth
 
 
 def _span(text: str, path: str) -> tuple[int, ...]:
-    """Layers of '0-3, 6'."""
+    """Layers of '0-3, 6' or, for a command line, '0-3+6'."""
     found: list[int] = []
-    for part in text.split(","):
+    for part in re.split("[,+]", text):
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
             raise ConfigError(f"{path}: {text!r} names no layers; expected numbers from 0 and ranges, as '0-3, 6'.")
