@@ -6,6 +6,7 @@ import pytest
 
 from moabench.analysis.commands import _composed, command
 from moabench.benchmarks.config import RunConfig, run_hash
+from moabench.methods import catalog
 
 
 def config_of(*words):
@@ -52,3 +53,12 @@ def test_run_hash_agrees():
 
 def build(config):
     return RunConfig.from_composed({**config, "task": config["task"]["name"]})
+
+
+def test_a_budget_that_was_met_layer_by_layer():
+    """Sizes that differ by layer are one value of the command line, and the command composes the same run."""
+    layers = {"1+4": {"experts": {"r": 5, "alpha": 10.0}, "also": {"attention": {"experts": {"r": 5, "alpha": 10.0}}}}}
+    plain = config_of("method=mixlora", "budget.size=lora_r37")
+    config = plain | {"method": catalog.override(plain["method"], {"experts": {"r": 4, "alpha": 8.0}, "layers": layers})}
+    again = config_of(*shlex.split(command(config))[2:])
+    assert run_hash(build(again)) == run_hash(build(config)) != run_hash(build(plain))
