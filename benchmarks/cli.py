@@ -57,8 +57,8 @@ _SWEEP_FAILURES: list[int] = []
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own arguments); returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["runs"]:
-        return _runs(argv[1:])
+    if argv[:1] in (["runs"], ["--rerun"]):
+        return _runs(["rerun", *argv[1:]] if argv[0] == "--rerun" else argv[1:])
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0

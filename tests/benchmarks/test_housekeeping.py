@@ -118,8 +118,10 @@ def test_retry_does_the_failed_ones_again(runs_dir, monkeypatch, capsys):
 
 
 def test_rerun_says_that_a_result_is_equal(runs_dir, capsys):
-    assert ended("rerun", "arc_easy-molora-random_tiny-s0", "--runs", runs_dir) == 0
-    assert "equal in every metric and table" in capsys.readouterr().out
+    (path,) = runs_dir.glob("arc_easy-molora-random_tiny-s0*")
+    for argv in (["runs", "rerun", path.name, "--runs", str(runs_dir)], ["--rerun", str(path)]):
+        assert cli.main(argv) == 0
+        assert "equal in every metric and table" in capsys.readouterr().out
 
 
 def test_rerun_says_what_is_not_equal(runs_dir, capsys):
