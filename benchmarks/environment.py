@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks import forgetting, tasks
+from moabench.benchmarks import forgetting, processes, tasks
 from moabench.benchmarks.config import ModelConfig, RunConfig, digest
 
 PACKAGES = (
@@ -88,10 +88,12 @@ DIFF_CHARACTERS = 2**20
 
 
 def inputs(cfg: RunConfig) -> dict[str, Any]:
-    """Fingerprints of the weights and of the rows that the run reads; part of the run's hash. Raises ConfigError for bad data."""
+    """Fingerprints of the weights and of the rows that the run reads, and the number of its processes; part of the run's hash. Raises ConfigError for bad data."""
     found = {"model": model_fingerprint(cfg.model), "evaluation": evaluation_fingerprints(cfg)}
     if cfg.parsed_method.tuner != "none":
         found["training"] = training_fingerprint(cfg)
+    if processes.count() > 1:  # each has batches of its own, so that the same config is another run
+        found["processes"] = processes.count()
     if cfg.forgetting not in ("auto", "none"):
         found["held_out"] = digest(forgetting.held_out_texts(cfg))[:16]
     return found

@@ -37,7 +37,7 @@ def test_two_processes_train_what_one_does_with_their_batches(method, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert moabench(f"method={method}", *SMALL, "train.batch_size=8", cwd=tmp_path / "one").returncode == 0
     (one,), (two,) = (find(tmp_path / name / "runs") for name in ("one", "two"))
-    assert read_json(two / "status.json")["state"] == "finished"
+    assert read_json(two / "status.json")["state"] == "finished" and one.name != two.name
     histories = [pd.read_parquet(folder / "history.parquet") for folder in (one, two)]
     columns = ["step", "tokens", "loss/task", "loss/total", "load/cv", "load/max_vio", "load/mean_active", "load/gate_mass"]
     pd.testing.assert_frame_equal(histories[0][columns], histories[1][columns], rtol=1e-5, atol=1e-5)
