@@ -88,7 +88,8 @@ DIFF_CHARACTERS = 2**20
 
 
 def inputs(cfg: RunConfig) -> dict[str, Any]:
-    """Fingerprints of the weights and of the rows that the run reads, and the number of its processes; part of the run's hash. Raises ConfigError for bad data."""
+    """Fingerprints of the weights and of the rows that the run reads, and the number of its processes; part of the run's hash. Raises
+    ConfigError for bad data."""
     found = {"model": model_fingerprint(cfg.model), "evaluation": evaluation_fingerprints(cfg)}
     if cfg.parsed_method.tuner != "none":
         found["training"] = training_fingerprint(cfg)
