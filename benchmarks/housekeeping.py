@@ -117,7 +117,7 @@ def _ls(given: argparse.Namespace) -> int:
     found = _chosen(given)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in (("run", "left"), ("state", "left"), ("ended", "left"), ("accuracy %", "right"), ("MB", "right")):
-        table.add_column(name, justify=justify, no_wrap=name != "run", overflow="fold")
+        table.add_column(name, justify=justify, no_wrap=True)
     total, lines = 0, []
     for path in found:
         status, metrics = files.read_json(path / "status.json") or {}, files.read_json(path / "metrics.json") or {}
@@ -130,6 +130,7 @@ def _ls(given: argparse.Namespace) -> int:
         lines += [f"{path.name} {found_state}{reason}"] if reason else []
         table.add_row(path.name, found_state, status.get("ended", ""), shown, f"{used / 1e6:.1f}")
     console = Console(highlight=False)
+    console.width = max(console.width, 60 + max((len(path.name) for path in found), default=0))  # names are typed again: whole, always
     console.print(table)
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
