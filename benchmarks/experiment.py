@@ -95,7 +95,7 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution
 
     path = folder.path
     if not resume:
-        shutil.rmtree(path / "checkpoints", ignore_errors=True)
+        files.remove_folder(path / "checkpoints")
     files.write_yaml(path / "config.yaml", cfg.to_dict())
     device = set_globals(cfg)
     if not cfg.quiet:
@@ -112,7 +112,7 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution
             metrics |= {"budget/target": solution.target, "budget/reached": solution.reached}
         files.write_json(path / "metrics.json", metrics)
         if cfg.keep != "all":
-            shutil.rmtree(path / "checkpoints", ignore_errors=True)
+            files.remove_folder(path / "checkpoints")
     except Exception as error:
         raise _explained(error, path) from error
     finally:
