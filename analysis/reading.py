@@ -25,9 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from moabench.benchmarks import runs
+from moabench.benchmarks import runs, summary
 from moabench.benchmarks.files import read_json
-from moabench.benchmarks.summary import evaluated
 from moabench.methods.spec import ConfigError, nearest
 
 NAMED = ("method", "model", "task", "mix")
@@ -171,9 +170,7 @@ def _read_run(path: Path) -> dict[str, Any] | str:
     file = "status.json"
     try:
         status = read_json(path / file) or {}
-        state = status["state"]
-        if state == "running" and not runs.is_held(path / "lock"):
-            state = "interrupted"
+        state = runs.state_of(path)
         file = "config.yaml"
         config = _read_config((path / file).read_text(encoding="utf-8")) if (path / file).is_file() else {}
         file = "metrics.json"
@@ -185,7 +182,7 @@ def _read_run(path: Path) -> dict[str, Any] | str:
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         return f"{file}: cannot be read ({type(error).__name__})"
     row = {"run": path.name, "path": str(path), "state": state, "reason": status.get("reason")}
-    row |= _named(config) | {"accuracy": _accuracy(metrics)} | flat(environment, "environment") | metrics
+    row |= _named(config) | {"accuracy": summary.accuracy(metrics)} | flat(environment, "environment") | metrics
     return row | {"config": config}
 
 
@@ -214,12 +211,6 @@ def _named(config: Mapping[str, Any]) -> dict[str, Any]:
     for section, key in (("data", "source"), ("budget", "size")):
         found[section] = found.pop(f"{section}.{key}", None)
     return {str(key): value for key, value in found.items()}
-
-
-def _accuracy(metrics: Mapping[str, Any]) -> float | None:
-    """Mean accuracy (0..1) over the evaluated tasks, each with equal weight."""
-    values = [metrics[f"eval/{title}/acc"] for title in evaluated(metrics)]
-    return sum(values) / len(values) if values and None not in values else None
 
 
 def _ordered(records: Iterable[Mapping[str, Any]]) -> list[str]:

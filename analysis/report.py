@@ -108,9 +108,8 @@ class Chapter:
         for entry in self.problem.entries:
             for _, row in entry.runs.iterrows():
                 load = list(_load(by_run.get(row["run"])))
-                config = {
-                    key: value for key, value in self.problem.study.configs[row["run"]].items() if key != "runs_dir"
-                }  # a place, no fact
+                config = dict(self.problem.study.configs[row["run"]])
+                config.pop("runs_dir", None)  # a place, no fact
                 yield {
                     "name": row["run"], "label": entry.label, "state": row["state"], "reason": row["reason"],
                     "command": command(self.problem.study.configs[row["run"]]),
@@ -146,10 +145,8 @@ def protocol(problem: Problem) -> list[tuple[str, str]]:
     trained = [e for e in problem.finished if e.setting.get("method.tuner") != "none"]
     if not trained:
         return []
-    usual = Counter(json.dumps(e.config | {"method": None, "seed": None}, sort_keys=True, default=str) for e in trained).most_common(1)[0][
-        0
-    ]
-    config = defaultdict(dict, json.loads(usual))
+    shared = Counter(json.dumps(e.config | {"method": None, "seed": None}, sort_keys=True, default=str) for e in trained)
+    config = defaultdict(dict, json.loads(shared.most_common(1)[0][0]))
     train, data = defaultdict(lambda: None, config["train"]), config["data"]
     questions = "all questions" if data.get("eval_limit") is None else f"the first {data['eval_limit']} questions"
     length = f"{train['steps']:,} steps" if train["steps"] else f"{train['epochs']} epochs"
@@ -167,10 +164,10 @@ def protocol(problem: Problem) -> list[tuple[str, str]]:
 
 def _rates(trained: list[Entry], train: Mapping[str, Any]) -> str:
     if not train["lr_grid"]:
-        return f"{train['lr']:g} at the peak for all adapters; no method was tuned"
-    taken = [
-        f"{e.label} {', '.join(f'{lr:g}' for lr in e.finished['tuning/lr'])}" for e in trained if "tuning/lr" in e.finished
-    ]  # fmt: skip
+        given = {e.label: e.config["train"]["lr"] for e in trained}
+        one = f"{train['lr']:g} at the peak for all" if len(set(given.values())) == 1 else ""
+        return (one or ", ".join(f"{label} {lr:g}" for label, lr in given.items())) + "; no method was tuned"
+    taken = [f"{e.label} {', '.join(map('{:g}'.format, e.finished['tuning/lr']))}" for e in trained if "tuning/lr" in e.finished]
     grid = ", ".join(f"{lr:g}" for lr in train["lr_grid"])
     return f"of {grid}, the best on held-out training rows, for each run by itself: {'; '.join(taken)}"
 

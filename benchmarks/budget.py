@@ -53,9 +53,7 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         goal = Goal.read(self.size)
         if self.match != "params" and goal.kind not in ("none", "method"):
-            raise ConfigError(
-                f"size={self.size!r}: expected a method, as lora_r16, with match={self.match}: what {self.match} is it worth?"
-            )
+            raise ConfigError(f"size={self.size!r}: expected a method, as lora_r16, with match={self.match}.")
 
 
 @dataclass(frozen=True)
@@ -276,12 +274,15 @@ def _sizes(cfg: RunConfig, skeleton: Skeleton, target: float) -> Solution:
     sizes = [{d: d.at(scale) for d in found} for scale in (low, step)]
     below, above = (_scaled(cfg.method, s) for s in sizes)
     tried = [(skeleton.count(data), data, _listed(s)) for data, s in zip((below, above), sizes, strict=True)]
-    best = min(tried, key=lambda entry: abs(entry[0] - target))
-    if abs(best[0] - target) > cfg.budget.tolerance * target and tried[0][0] < target < tried[1][0]:
+
+    def far(entry: tuple[int, dict, str]) -> float:
+        return abs(entry[0] - target) / target
+
+    if min(map(far, tried)) > cfg.budget.tolerance and tried[0][0] < target < tried[1][0]:
         share = (target - tried[0][0]) / (tried[1][0] - tried[0][0])
         tried.insert(1, _layered(below, above, sizes, round(share * skeleton.layers), skeleton))
-        best = min(tried, key=lambda entry: abs(entry[0] - target))
-    if abs(best[0] - target) > cfg.budget.tolerance * target:
+    best = min(tried, key=far)
+    if far(best) > cfg.budget.tolerance:
         can = " or ".join(f"{count:,} ({sizes})" for count, _, sizes in tried)
         rest = predicted(0.0) - sum(slope * total(d.at(0.0)) for d, slope in zip(found, slopes, strict=True))
         raise ConfigError(
@@ -361,12 +362,10 @@ ROUNDS = 9
 
 def _step(model: Any, ids: Any) -> None:
     """Forward and backward pass of one training step, auxiliary losses included; ids [B, L]."""
-    import torch
-
     from moabench import methods
+    from moabench.kernels.bench.whole import facts
 
     model.train().zero_grad(set_to_none=True)
-    facts = {"skill_ids": torch.arange(len(ids), device=ids.device)} if getattr(model, "accepts_skill_ids", False) else {}
     with methods.record(model) as recorder:
-        loss = model(input_ids=ids, labels=ids, **facts).loss
+        loss = model(input_ids=ids, labels=ids, **facts(model, ids)).loss
     (loss + sum(recorder.losses.values())).backward()

@@ -73,9 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         _close_bars()
         print("interrupted; the same command resumes the run", file=sys.stderr)
         return 130
-    except OSError as error:  # Hydra's own record of a sweep could not be written
-        return report(storage_error(error, error.filename or "the runs_dir"), show)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # Hydra's own record of a sweep could not be written
+            error = storage_error(error, error.filename or "the runs_dir")
         return report(error, show)
 
 

@@ -235,9 +235,14 @@ class ExperimentConfig:
         if (self.variant is None) != (not self.variants) or (self.variants and self.variant not in self.variants):
             raise ConfigError(f"variant={self.variant!r}: expected a variant of the experiment.{nearest(str(self.variant), self.variants)}")
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What differs in this run's variant."""
+        return self.variants.get(self.variant, {})
+
     def applied(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """A composed config with the changes of the variant."""
-        changes = dict(self.variants.get(self.variant, {}))
+        changes = dict(self.changes)
         if "method" in changes:
             data = {**data, "method": catalog.raw(changes.pop("method"))}
         return catalog.override(data, changes)
@@ -283,9 +288,11 @@ class RunConfig:
     def from_composed(cls, data: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
         """Validated config from what Hydra composed; `overrides`, as the user typed them, win over the recipes of `train`."""
         data = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
-        if data.get("experiment"):
-            data = build(ExperimentConfig, data["experiment"], "experiment").applied(data)
         chosen = {re.sub(r"^[+~]*", "", text).partition("=")[0] for text in overrides}
+        if data.get("experiment"):
+            experiment = build(ExperimentConfig, data["experiment"], "experiment")
+            data = experiment.applied(data)
+            chosen |= experiment.changes.keys()
         if isinstance(data.get("method"), dict):
             method = catalog.parse(data["method"], "method")
             if isinstance(data.get("train"), dict):

@@ -72,15 +72,13 @@ def commit() -> dict[str, Any]:
     return {"commit": head, "dirty": bool(changes.strip())}
 
 
-def code_diff() -> str | None:
-    """What was edited in tracked files since the commit, at most DIFF_CHARACTERS of it; None where nothing was, or without a repository."""
-    if not commit()["dirty"]:
-        return None
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "diff", "HEAD"]
+def code_diff() -> str:
+    """What was edited in tracked files since the commit, at most DIFF_CHARACTERS of it."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "diff", "--no-ext-diff", "--no-color", "HEAD"]
     try:
         text = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"(git could not say: {type(error).__name__})\n"
     return text if len(text) <= DIFF_CHARACTERS else text[:DIFF_CHARACTERS] + "\n(cut here)\n"
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks import budget, devices, environment, files, loggers, processes, runs, summary, tuning
+from moabench.benchmarks import budget, environment, files, loggers, processes, runs, summary, tuning
 from moabench.benchmarks.config import LoggerConfig, RunConfig, digest, run_hash
 from moabench.benchmarks.files import RunError
 from moabench.benchmarks.runs import RunFolder
@@ -100,16 +100,17 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution
     device = set_globals(cfg)
     if not cfg.quiet:
         print(f"device {device}, kernels {backend.describe(device)}", file=sys.stderr)
-    files.write_json(path / "environment.json", environment.describe(cfg, folder.hash, inputs, device))
-    if (diff := environment.code_diff()) is not None:
-        files.write_text(path / "code.diff", diff)
+    described = environment.describe(cfg, folder.hash, inputs, device)
+    files.write_json(path / "environment.json", described)
+    if described["code"]["dirty"]:
+        files.write_text(path / "code.diff", environment.code_diff())
     cfg, found = _tuned(cfg, path)
     logger = loggers.start(cfg, path, folder.hash)
     metrics = None
     try:
         metrics = _measure(cfg, path, path, inputs, device, logger, resume) | found
-        if solution is not None:
-            metrics |= {"budget/target": solution.target, "budget/reached": solution.reached}
+        if solution is not None and cfg.budget.match == "params":  # what is reached is params/trainable
+            metrics["budget/target"] = solution.target
         files.write_json(path / "metrics.json", metrics)
         if cfg.keep != "all":
             files.remove_folder(path / "checkpoints")
@@ -294,8 +295,8 @@ def set_globals(cfg: RunConfig) -> str:
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            device = processes.device(device) if processes.count() > 1 else devices.own_gpu()
+        if device == "cuda" and processes.count() > 1:
+            device = processes.device(device)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not available[device.partition(":")[0]]:
         there = ", ".join(name for name, present in available.items() if present)

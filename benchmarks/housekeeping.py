@@ -30,8 +30,6 @@ from moabench.methods.spec import ConfigError, build, nearest
 MEASURED = ("seconds", "per_second", "peak_bytes")
 """In the name of a metric or column: a time or memory, which no two runs have in common."""
 
-TABLES = ("history", "routing", "samples", "probes", "matrices")
-
 
 def main(argv: Sequence[str]) -> int:
     """Run `moabench runs <argv>`; returns the exit code. Raises ConfigError and RunError."""
@@ -91,11 +89,6 @@ def _chosen(given: argparse.Namespace) -> list[Path]:
     return [Path(path) for path in kept]
 
 
-def state(path: Path) -> str:
-    """The state of the run in a folder."""
-    return runs.RunFolder.at(path).state()
-
-
 def size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
@@ -121,10 +114,9 @@ def _ls(given: argparse.Namespace) -> int:
     total, lines = 0, []
     for path in found:
         status, metrics = files.read_json(path / "status.json") or {}, files.read_json(path / "metrics.json") or {}
-        titles, used = summary.evaluated(metrics), size(path)
+        accuracy, used = summary.accuracy(metrics), size(path)
         total += used
-        accuracy = sum(metrics[f"eval/{title}/acc"] for title in titles) / len(titles) if titles else None
-        found_state = state(path)
+        found_state = runs.state_of(path)
         reason = f": {status['reason']}" if found_state == "failed" and status.get("reason") else ""
         shown = "" if accuracy is None else f"{100 * accuracy:.1f}"
         lines += [f"{path.name} {found_state}{reason}"] if reason else []
@@ -146,7 +138,7 @@ def _show(given: argparse.Namespace) -> int:
     if (path / "metrics.json").exists():
         summary.show(path)
     plain = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) if (path / "config.yaml").exists() else None
-    lines = [("state", state(path) + (f": {status['reason']}" if status.get("reason") else ""))]
+    lines = [("state", runs.state_of(path) + (f": {status['reason']}" if status.get("reason") else ""))]
     lines += [("before", f"{entry['state']} {entry.get('ended', '')} {entry.get('reason', '')}") for entry in status.get("before", [])]
     lines += [("command", (plain and command(plain)) or "no command of this version composes it; config.yaml has the config")]
     parts = sorted(((size(part), part.name) for part in path.iterdir()), reverse=True)
@@ -169,12 +161,13 @@ def _rm(given: argparse.Namespace) -> int:
     if not given.run and not given.where:
         raise ConfigError("runs rm: expected the runs to be removed, or --where.")
     found = _chosen(given)
-    if busy := [path.name for path in found if state(path) == "running"]:
+    if busy := [path.name for path in found if runs.state_of(path) == "running"]:
         raise ConfigError(f"runs rm: {', '.join(busy)} {'is' if len(busy) == 1 else 'are'} running; expected runs that nobody holds.")
     for path in found:
         print(f"{'removed' if given.yes else 'would remove'} {path} ({size(path) / 1e6:.1f} MB)")
         if given.yes:
-            shutil.rmtree(path)
+            with runs.hold(path):
+                shutil.rmtree(path)
     if found and not given.yes:
         print("--yes removes them")
     return 0
@@ -186,9 +179,9 @@ def _retry(given: argparse.Namespace) -> int:
 
     worst = 0
     for path in _chosen(given):
-        if state(path) not in ("failed", "interrupted"):
+        if runs.state_of(path) not in ("failed", "interrupted"):
             if given.run:
-                print(f"{path.name} is {state(path)}", file=sys.stderr)
+                print(f"{path.name} is {runs.state_of(path)}", file=sys.stderr)
             continue
         try:
             outcome = run(dataclasses.replace(config(path), runs_dir=str(path.parent)))
@@ -203,8 +196,8 @@ def _rerun(given: argparse.Namespace) -> int:
     from moabench.benchmarks.experiment import run
 
     path = find(given.run[0], given.runs)
-    if state(path) != "finished":
-        raise ConfigError(f"runs rerun {path.name}: it is {state(path)}; expected a finished run.")
+    if runs.state_of(path) != "finished":
+        raise ConfigError(f"runs rerun {path.name}: it is {runs.state_of(path)}; expected a finished run.")
     with tempfile.TemporaryDirectory() as scratch:
         again = run(dataclasses.replace(config(path), runs_dir=scratch, quiet=True, logger=LoggerConfig(kind="none"))).folder
         environments = [files.read_json(folder / "environment.json") or {} for folder in (path, again)]
@@ -226,18 +219,17 @@ def unequal(a: Path, b: Path) -> Iterator[str]:
         for path in (a, b)
     ]  # fmt: skip
     yield from (f"{key}: {_shown(one)} | {_shown(other)}" for key, one, other in differences(*metrics))
-    for name in TABLES:
-        there = [path / f"{name}.parquet" for path in (a, b)]
+    for name in sorted({file.name for path in (a, b) for file in path.glob("*.parquet")}):
+        there = [path / name for path in (a, b)]
         if not all(file.is_file() for file in there):
-            if any(file.is_file() for file in there):
-                yield f"{name}.parquet: only one of the two has it"
+            yield f"{name}: only one of the two has it"
             continue
         tables = [pd.read_parquet(file) for file in there]
         tables = [table[[c for c in table.columns if not any(word in c for word in MEASURED)]] for table in tables]
         try:
             pd.testing.assert_frame_equal(*tables, check_exact=True)
         except AssertionError as error:
-            yield f"{name}.parquet: {' '.join(str(error).split())[:160]}"
+            yield f"{name}: {' '.join(str(error).split())[:160]}"
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

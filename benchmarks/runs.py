@@ -45,20 +45,12 @@ class RunFolder:
         self.path = Path(runs_dir).expanduser() / self.name
         self.hash = hash
 
-    @classmethod
-    def at(cls, path: Path) -> RunFolder:
-        """The run in an existing folder."""
-        folder = cls(path.parent, path.name, "")
-        folder.path, folder.name = path, path.name
-        return folder
-
     def status(self) -> dict[str, Any]:
         return read_json(self.path / "status.json") or {"state": "new"}
 
     def state(self) -> State:
-        """The state; a run that says 'running' but that nobody holds was interrupted."""
-        state = self.status()["state"]
-        return "interrupted" if state == "running" and not is_held(self.path / "lock") else state
+        """As `state_of` its folder."""
+        return state_of(self.path)
 
     def metrics(self) -> dict[str, Any]:
         return read_json(self.path / "metrics.json") or {}
@@ -70,7 +62,7 @@ class RunFolder:
         Leaving normally records 'finished'; Ctrl-C and a full disk 'interrupted'; an error 'failed' with its reason. A config
         error in a run that was new leaves nothing behind. Raises Busy if another process holds the run.
         """
-        with _lock(self.path) as owner:
+        with hold(self.path) as owner:
             remove_unfinished(self.path)
             found = self.status()
             if found["state"] == "finished":
@@ -103,6 +95,13 @@ class RunFolder:
         write_json(self.path / "status.json", {"state": state, **record, **ended, **more})
 
 
+def state_of(path: Path) -> State:
+    """The state of the run in a folder; one that says 'running' but that nobody holds was interrupted."""
+    status = read_json(path / "status.json")
+    state = "new" if status is None else status["state"]
+    return "interrupted" if state == "running" and not is_held(path / "lock") else state
+
+
 def find(runs_dir: str | Path) -> list[Path]:
     """The run folders of `runs_dir`, sorted by name."""
     return sorted(p.parent for p in Path(runs_dir).glob("*/status.json"))
@@ -129,7 +128,7 @@ def _machine() -> str:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[str]:
+def hold(folder: Path) -> Iterator[str]:
     """Hold `<folder>/lock`; gives the owner's token. Raises Busy."""
     file, owner = folder / "lock", f"{_machine()}-{secrets.token_hex(4)}"
     descriptor = _open_and_flock(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,18 @@ def _gain(accuracy: float | None, base: float | None) -> str:
     return f"{100 * (accuracy - base):+.1f}" if accuracy is not None and base is not None else ""
 
 
+def accuracy(metrics: Mapping[str, Any]) -> float | None:
+    """Mean accuracy (0..1) over the evaluated tasks, each with equal weight; None without any."""
+    values = [metrics[f"eval/{title}/acc"] for title in evaluated(metrics)]
+    return sum(values) / len(values) if values and None not in values else None
+
+
 def _mean(metrics: dict[str, Any], part: str, titles: list[str]) -> float | None:
     found = [metrics[f"{part}/{title}/acc"] for title in titles if f"{part}/{title}/acc" in metrics]
     return sum(found) / len(found) if len(found) == len(titles) else None
 
 
-def evaluated(metrics: dict[str, Any]) -> list[str]:
+def evaluated(metrics: Mapping[str, Any]) -> list[str]:
     """The results that `metrics` has accuracies of, as `<task>@<source>:<protocol>`."""
     return [key.split("/")[1] for key in metrics if key.startswith("eval/") and key.endswith("/acc")]
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks import files, processes
+from moabench.benchmarks import files, processes, summary
 from moabench.benchmarks.config import LoggerConfig, RunConfig, TaskConfig
 from moabench.benchmarks.data import splits
 from moabench.benchmarks.files import RunError
-from moabench.benchmarks.summary import evaluated
 from moabench.methods.spec import ConfigError
 
 
@@ -79,5 +78,4 @@ def _trial(cfg: RunConfig, lr: float) -> Trial:
         raise
     except RunError as error:
         return Trial(lr, None, str(error))
-    found = [metrics[f"eval/{title}/acc"] for title in evaluated(metrics)]
-    return Trial(lr, sum(found) / len(found))
+    return Trial(lr, summary.accuracy(metrics))

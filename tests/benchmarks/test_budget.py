@@ -163,6 +163,6 @@ def test_a_run_records_its_budget(tmp_path, capsys):
     overrides = ["method=moa_soft", "budget.size=20k", "budget.tolerance=0.05", "model=random_tiny", "train=smoke", "data.eval_limit=4"]
     outcome = run(composed(*overrides, "task=arc_easy", "logger=none", "forgetting=none", "probe.times=0", f"runs_dir={tmp_path}"))
     metrics = json.loads((outcome.folder / "metrics.json").read_text())
-    assert metrics["budget/target"] == 20_000 and metrics["budget/reached"] == metrics["params/trainable"]
+    assert metrics["budget/target"] == 20_000 and abs(metrics["params/trainable"] - 20_000) <= 1_000
     assert "budget 20k = 20,000; moa_soft gets" in capsys.readouterr().err
     assert torch.is_grad_enabled()

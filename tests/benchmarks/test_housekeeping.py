@@ -94,7 +94,7 @@ def test_rm_removes_only_when_told(runs_dir, capsys):
 
 
 def test_a_run_in_progress_is_not_removed(runs_dir, monkeypatch, capsys):
-    monkeypatch.setattr(housekeeping, "state", lambda path: "running")
+    monkeypatch.setattr(housekeeping.runs, "state_of", lambda path: "running")
     assert ended("rm", "--where", "seed == 0", "--runs", runs_dir, "--yes") == 2
     assert "is running" in capsys.readouterr().err and len(list(runs_dir.glob("arc*"))) == 2
 

@@ -1,16 +1,13 @@
-"""Sweeps through Hydra's launchers: the same results, failures that are seen, a GPU for each worker.
+"""Sweeps through Hydra's launchers: the same results, failures that are seen.
 
 Run: python -m pytest tests/benchmarks/test_launchers.py
 """
 
 import importlib.util
-import subprocess
-import sys
 
 import pytest
 from test_cli import moabench
 
-from moabench.benchmarks import devices
 from moabench.benchmarks.files import read_json
 from moabench.benchmarks.housekeeping import unequal
 from moabench.benchmarks.runs import find
@@ -50,32 +47,3 @@ def test_a_failure_in_a_worker_is_seen_and_the_sweep_goes_on(tmp_path):
     done = moabench("-m", "hydra/launcher=joblib", *OPTIONS["joblib"], *words, cwd=tmp_path)
     assert done.returncode == 1 and "not finite" in done.stderr
     assert sorted(read_json(path / "status.json")["state"] for path in find(tmp_path / "runs")) == ["failed", "finished"]
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from moabench.benchmarks.devices import claim
-print(claim(2, Path(sys.argv[1])), flush=True)
-input()
-"""
-
-
-def holder(folder):
-    return subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def test_processes_spread_over_gpus_and_a_dead_one_frees_its_own(tmp_path):
-    folder = tmp_path / "locks"
-    first, second = holder(folder), holder(folder)
-    try:
-        taken = [int(process.stdout.readline()) for process in (first, second)]
-        assert sorted(taken) == [0, 1]
-        assert devices.claim(2, folder) in (0, 1), "more processes than GPUs share"
-        first.kill()
-        first.wait()
-        assert devices.claim(2, folder) == taken[0]
-    finally:
-        for process in (first, second):
-            process.kill()
-            process.wait()
