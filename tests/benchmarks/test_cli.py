@@ -70,6 +70,7 @@ BAD = {
     "syntax": (["train.lr=["], "cannot read 'train.lr=['"),
     "no equal sign": (["lora"], "Expected key=value"),
     "launcher": (["-m", "hydra/launcher=ray", "seed=0,1"], "pip install"),
+    "no such launcher": (["-m", "hydra/launcher=jobli", "seed=0,1"], "Could not find 'hydra/launcher/jobli'"),
     "interpolation": (["runs_dir=${nowhere}"], "nowhere"),
 }
 

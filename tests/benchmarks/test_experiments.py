@@ -67,6 +67,14 @@ def test_a_variant_is_the_run_that_one_would_type(variant, typed):
     assert run_hash(of_study) == run_hash(by_hand)
 
 
+def test_a_variants_own_rate_wins_over_the_recipe_of_its_method():
+    data = composed("method=adamole", "train=paper").to_dict()
+    data["train"]["recipes"] = {"adamole": {"lr": 1e-4, "warmup": 200}}
+    data |= {"task": "arc", "experiment": {"variant": "fast", "variants": {"fast": {"train.lr": 5e-3}}}}
+    train = RunConfig.from_composed(data).train
+    assert (train.lr, train.warmup) == (5e-3, 200)
+
+
 def test_the_command_line_wins_over_the_study():
     assert {cfg.train.steps for cfg in jobs("equal_budget", "train.steps=7")} == {7}
 
