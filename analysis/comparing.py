@@ -209,6 +209,7 @@ CONDITIONS = {
     "environment.threads": "number of threads",
     "environment.code.commit": "commit",
     "environment.inputs.training": "training rows",
+    "train/batch_size": "number of sequences in a pass",
 }
 """Columns of the runs that should be equal for a comparison of accuracy, time and memory."""
 

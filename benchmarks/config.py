@@ -162,6 +162,8 @@ class TrainConfig:
     """Sequences per forward pass."""
     accumulation: Count = 1
     """Forward passes per optimiser step."""
+    halve: bool = False
+    """Out of memory: go on with half the sequences in a pass and twice the passes, until it fits; recorded."""
     lr: Positive = 2e-3
     """Peak learning rate of adapters."""
     lr_full: Positive = 5e-4
@@ -275,6 +277,8 @@ class RunConfig:
     device: str = "auto"
     backend: Literal["auto", "torch", "triton"] = "auto"
     """Kernels of the mixtures: moabench.kernels.backend."""
+    shard: bool = False
+    """Split the frozen base's weights over the processes of a torchrun (FSDP): benchmarks/processes.py."""
     threads: Count | None = None
     """CPU threads of torch; null: OMP_NUM_THREADS, else every core this process may use."""
     quiet: bool = False
@@ -335,8 +339,8 @@ def _own_model(model: dict, chosen: set[str]) -> dict:
 
 
 NOT_IN_HASH = {
-    "runs_dir": None, "keep": None, "experiment": None, "logger": None, "quiet": None, "traceback": None, "threads": None,
-    "train": {"log_every", "save_every"},
+    "runs_dir": None, "keep": None, "experiment": None, "logger": None, "quiet": None, "traceback": None, "threads": None, "shard": None,
+    "train": {"log_every", "save_every", "halve"},
 }  # fmt: skip
 """What cannot change the result: whole sections (None) or some of their keys."""
 

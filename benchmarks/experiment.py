@@ -7,6 +7,7 @@ imported, so that a mistake is answered at once and leaves nothing behind.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks import budget, environment, files, loggers, processes, runs, summary, tuning
+from moabench.benchmarks import budget, devices, environment, files, loggers, processes, runs, summary, tuning
 from moabench.benchmarks.config import LoggerConfig, RunConfig, digest, run_hash
 from moabench.benchmarks.files import RunError
 from moabench.benchmarks.runs import RunFolder
@@ -44,7 +45,7 @@ def run(cfg: RunConfig) -> Outcome:
     from moabench.benchmarks.model import check_folder
 
     check_folder(cfg.model)
-    processes.start(cfg.device)
+    processes.start(cfg)
     with processes.first_alone():  # who keeps the solution for the others
         cfg, solution = budget.apply(cfg)
     inputs = environment.inputs(cfg)
@@ -108,7 +109,7 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution
     logger = loggers.start(cfg, path, folder.hash)
     metrics = None
     try:
-        metrics = _measure(cfg, path, path, inputs, device, logger, resume) | found
+        metrics = _fitting(cfg, path, inputs, device, logger, resume) | found
         if solution is not None and cfg.budget.match == "params":  # what is reached is params/trainable
             metrics["budget/target"] = solution.target
         files.write_json(path / "metrics.json", metrics)
@@ -130,6 +131,46 @@ def _tuned(cfg: RunConfig, path: Path) -> tuple[RunConfig, dict[str, Any]]:
     return found
 
 
+def _fitting(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: loggers.Logger, resume: bool) -> dict[str, Any]:
+    """As `_measure`; with train.halve again, from the last checkpoint, with smaller passes while memory does not do."""
+    while True:
+        try:
+            return _measure(cfg, path, path, inputs, device, logger, resume)
+        except Exception as error:
+            smaller = _halved(cfg) if cfg.train.halve and isinstance(_explained(error, path), OutOfMemory) else None
+            if smaller is None:
+                raise
+        # Outside of the handler: its traceback holds the frames, and these hold what filled the memory.
+        free_memory(device)
+        was, now = cfg.train, smaller.train
+        print(
+            f"out of memory with train.batch_size={was.batch_size}, train.eval_batch_size={was.eval_batch_size}; goes on with "
+            f"{now.batch_size}, {now.eval_batch_size} and train.accumulation={now.accumulation}",
+            file=sys.stderr,
+        )
+        set_globals(cfg)
+        cfg, resume = smaller, True
+
+
+def _halved(cfg: RunConfig) -> RunConfig | None:
+    """As many sequences in a step, from passes of half the size (an odd size goes down by its least divisor); None if all are of one."""
+    t = cfg.train
+    if t.batch_size == t.eval_batch_size == 1:
+        return None
+    factor = next((k for k in range(2, t.batch_size + 1) if t.batch_size % k == 0), 1)
+    smaller = {"batch_size": t.batch_size // factor, "accumulation": t.accumulation * factor}
+    return dataclasses.replace(cfg, train=dataclasses.replace(t, **smaller, eval_batch_size=max(1, t.eval_batch_size // 2)))
+
+
+def free_memory(device: str) -> None:
+    """Give back what nothing refers to any more."""
+    import torch
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
 def _measure(
     cfg: RunConfig, path: Path, checkpoints: Path, inputs: dict, device: str, logger: loggers.Logger, resume: bool
 ) -> dict[str, Any]:
@@ -144,7 +185,9 @@ def _measure(
     trains = cfg.parsed_method.tuner != "none"
     held_out = forgetting.held_out_texts(cfg)
     rows, skills, metrics = _training_rows(cfg, path) if trains else ([], (), {})
-    model, tokenizer = load_model(cfg.model, cfg.seed, device)
+    model, tokenizer = load_model(cfg.model, cfg.seed, "cpu" if cfg.shard else device)
+    if cfg.shard:
+        processes.shard(model, device)
     base = _frozen_base(cfg, inputs, device, model, tokenizer, held_out)
     probe = Probe(cfg, model, tokenizer, skills) if trains and cfg.probe.times else None  # sees the frozen model
     seed_everything(cfg.seed)  # the adapter's initialisation depends on nothing that happened before
@@ -293,6 +336,8 @@ def set_globals(cfg: RunConfig) -> str:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = cfg.device
+    if device in ("auto", "cuda") and processes.count() == 1:
+        devices.take_gpu()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and processes.count() > 1:
@@ -334,8 +379,10 @@ def _explained(error: Exception, path: Path) -> Exception:
     # safetensors, torch.save and pyarrow each have their own words for ENOSPC; torch's does not even say so.
     if "No space left on device" in text or "os error 28" in text or "inline_container" in text or shutil.disk_usage(path).free == 0:
         return files.StorageError(f"cannot write {path}: the disk is full; free space or choose another runs_dir.")
-    if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return OutOfMemory(f"out of memory ({text[:200]}). Expected less: a smaller train.batch_size with more train.accumulation.")
+    # The CPU's allocator has words of its own.
+    if isinstance(error, MemoryError) or any(words in text.lower() for words in ("out of memory", "can't allocate memory")):
+        hint = "a smaller train.batch_size with more train.accumulation, or train.halve=true, which finds them"
+        return OutOfMemory(f"out of memory ({text[:200]}). Expected less: {hint}.")
     return error
 
 

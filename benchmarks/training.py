@@ -75,6 +75,8 @@ def train(
             data_collator=partial(_collate, pad=tokenizer.pad_token_id or 0, loss=cfg.train.loss),
             callbacks=[_Progress(progress), *callbacks],
         )
+        if cfg.shard:
+            trainer.model_wrapped = processes.wrapped(model)
         if probe is not None:
             trainer.add_callback(Probing(probe, trainer.tally, folder / "probe.pt", resume))
         trainer.tally.start()
@@ -82,6 +84,7 @@ def train(
     # Columns in an order of their own: those of a resumed run come from a file that sorts them.
     history = [{k: row[k] for k in sorted(row) if k != "epoch"} for row in trainer.state.log_history if "loss/total" in row]
     metrics = _summary(history, trainer.tally) | peak | {"train/steps": steps, "train/cut_examples": cut}
+    metrics |= {"train/batch_size": cfg.train.batch_size, "train/accumulation": cfg.train.accumulation}  # with train.halve not the config's
     return TrainResult(metrics, history, readings.rows(trainer.tally.load, "train", f"{cfg.mix.name}@{cfg.data.source}"))
 
 

@@ -52,11 +52,11 @@ class Watched:
 
         At a block the frozen side is the layer with all weights 0, since it may hold other mixtures.
         """
-        frozen = (
-            self.run(lambda r: weighted(r, torch.zeros_like(r.weights)))
-            if self.site.kind == "block"
-            else _hidden(self.site.module.base_layer(*self.args, **self.kwargs))
-        )
+        if self.site.kind == "block":
+            frozen = self.run(lambda r: weighted(r, torch.zeros_like(r.weights)))
+        else:
+            with _gathered(self.site):
+                frozen = _hidden(self.site.module.base_layer(*self.args, **self.kwargs))
 
         def alone(e: int) -> Tensor:
             return self.run(lambda r: one_hot(torch.full_like(r.weights[:, 0], e, dtype=torch.long), r.weights.shape[1]))
@@ -78,7 +78,7 @@ class Watched:
         context = replace(self.context, recorder=None, gates={}, seen=set(), shared={}, changes={self.site.name: change})
         if self.site.kind == "block":
             return _hidden(self.site.module(*self.args, **(self.kwargs | {"mixture_context": context})))
-        with self.site.layer.within(context):
+        with _gathered(self.site), self.site.layer.within(context):
             return _hidden(self.site.module(*self.args, **self.kwargs))
 
 
@@ -145,6 +145,20 @@ def _hooks(site: Site, watched: dict[str, Watched]) -> Iterator[Any]:
     yield site.module.register_forward_pre_hook(called, with_kwargs=True)
     if site.kind == "block" and site.mixture.input == "normed":
         yield site.layer.layer.attention.register_forward_pre_hook(attends, with_kwargs=True)
+
+
+@contextmanager
+def _gathered(site: Site) -> Iterator[None]:
+    """The weights of a layer that FSDP has split, whole inside: it gathers them when the layer runs, and here only a part of it does."""
+    layer = site.layer.layer.module
+    if not hasattr(layer, "unshard"):
+        yield
+        return
+    layer.unshard()
+    try:
+        yield
+    finally:
+        layer.reshard()
 
 
 def _hidden(output: Any) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moabench.benchmarks import evaluation, experiment, training
+from moabench.benchmarks import evaluation, experiment, trainer, training
 from moabench.benchmarks.config import CONF, RunConfig, run_hash
 from moabench.benchmarks.environment import inputs
 from moabench.benchmarks.files import RunError, StorageError, read_json
@@ -318,7 +318,8 @@ def test_a_failed_run_stays_with_its_reason_and_is_tried_again(tmp_path, monkeyp
         (KeyboardInterrupt(), KeyboardInterrupt, "interrupted"),
         (OSError(28, "No space left on device"), StorageError, "interrupted"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 177408 vs 177300"), StorageError, "interrupted"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RunError, "failed"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), experiment.OutOfMemory, "failed"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), experiment.OutOfMemory, "failed"),
         (ConfigError("loss/task=nan at step 3: expected a finite loss."), RunError, "failed"),
     ],
 )
@@ -332,6 +333,57 @@ def test_what_becomes_of_an_error_in_training(tmp_path, monkeypatch, calls, erro
     assert status["state"] == state and status["reason"]
     experiment.run(config(tmp_path, "method=lora"))
     assert ("train resumed" in calls) == (state == "interrupted")
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def holding(monkeypatch, rows: int, from_step: int = 0) -> None:
+    """Memory for passes of at most `rows` sequences in training, from a step on."""
+    original = trainer.MixtureTrainer.compute_loss
+
+    def compute_loss(self, model, batch, *args, **kwargs):
+        if len(batch["input_ids"]) > rows and self.state.global_step >= from_step:
+            raise FULL
+        return original(self, model, batch, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.MixtureTrainer, "compute_loss", compute_loss)
+
+
+HALVES = ("method=moe_lora_topk", "train.batch_size=12", "train.eval_batch_size=8", "train.steps=4", "train.save_every=1")
+
+
+def test_passes_are_halved_until_they_fit(tmp_path, monkeypatch, capsys):
+    """12 -> 6 -> 3: then every metric is that of a run asked to do so."""
+    asked = experiment.run(config(tmp_path / "asked", *HALVES, "train.batch_size=3", "train.accumulation=4", "train.eval_batch_size=2"))
+    holding(monkeypatch, 3)
+    halved = experiment.run(config(tmp_path / "halved", *HALVES, "train.halve=true"))
+    assert settled(halved.metrics) == settled(asked.metrics)
+    assert (halved.metrics["train/batch_size"], halved.metrics["train/accumulation"]) == (3, 4)
+    said = capsys.readouterr().err
+    assert said.count("out of memory with train.batch_size=") == 2 and "goes on with 3, 2 and train.accumulation=4" in said
+    assert halved.folder.name == experiment.run(config(tmp_path / "halved", *HALVES)).folder.name, "the same run, found finished"
+
+
+def test_a_run_that_fills_the_memory_late_goes_on_from_its_checkpoint(tmp_path, monkeypatch, calls):
+    whole = experiment.run(config(tmp_path / "whole", *HALVES))
+    holding(monkeypatch, 6, from_step=2)
+    calls.clear()
+    halved = experiment.run(config(tmp_path / "halved", *HALVES, "train.halve=true"))
+    assert calls.count("train") == 1 and calls.count("train resumed") == 1
+    histories = [pd.read_parquet(outcome.folder / "history.parquet") for outcome in (whole, halved)]
+    pd.testing.assert_frame_equal(*(h[["step", "tokens"]] for h in histories))
+    assert histories[0]["loss/task"].to_numpy() == pytest.approx(histories[1]["loss/task"].to_numpy(), rel=1e-5)
+
+
+def test_nothing_is_halved_unasked_or_below_one_sequence(tmp_path, monkeypatch):
+    holding(monkeypatch, 0)
+    for more in ((), ("train.halve=true",)):
+        with pytest.raises(experiment.OutOfMemory, match="out of memory"):
+            experiment.run(config(tmp_path, *HALVES, *more))
+    (folder,) = find(tmp_path)
+    status = read_json(folder / "status.json")
+    assert status["state"] == "failed" and status["attempt"] == 2
 
 
 def test_bad_input_found_late_leaves_nothing(tmp_path, monkeypatch):

@@ -12,9 +12,13 @@ import pytest
 import safetensors.torch
 import torch
 from test_cli import REPOSITORY, moabench
+from test_config import composed
 
+from moabench.benchmarks import processes
 from moabench.benchmarks.files import read_json
+from moabench.benchmarks.housekeeping import unequal
 from moabench.benchmarks.runs import find
+from moabench.methods.spec import ConfigError
 
 SMALL = [
     "model=random_tiny", "task=arc_easy", "train.steps=4", "train.log_every=1", "data.eval_limit=8", "data.train_limit=64",
@@ -22,9 +26,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def together(*args: str, cwd) -> subprocess.CompletedProcess:
+def together(*args: str, cwd, script=REPOSITORY / "run.py") -> subprocess.CompletedProcess:
     """`torchrun` with two processes, as users type it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(REPOSITORY / "run.py"), *args]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *args]
     return subprocess.run(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
 
 
@@ -54,3 +58,83 @@ def test_a_failure_ends_all_processes(tmp_path):
     assert done.returncode != 0 and "expected a finite loss" in done.stderr
     states = [read_json(folder / "status.json")["state"] for folder in find(tmp_path / "runs")]
     assert states in (["failed"], ["interrupted"]), "the second run must not begin with the processes out of step"
+
+
+@pytest.mark.parametrize("method", ["mixlora"])
+def test_a_sharded_base_changes_no_result(method, tmp_path):
+    """FSDP: every metric, table and probe as with whole bases, through accumulation and probes that run parts of a layer alone."""
+    for name in ("whole", "shard"):
+        (tmp_path / name).mkdir()
+        args = [f"method={method}", *SMALL, "train.batch_size=4", "train.accumulation=2", f"shard={name == 'shard'}"]
+        done = together(*args, cwd=tmp_path / name)
+        assert done.returncode == 0, done.stderr[-3000:]
+    (whole,), (sharded,) = (find(tmp_path / name / "runs") for name in ("whole", "shard"))
+    assert whole.name == sharded.name
+    assert list(unequal(whole, sharded)) == []
+    weights = [safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, sharded)]
+    assert weights[0].keys() == weights[1].keys()
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, rtol=0, atol=0)
+
+
+SHARDED = """
+import torch
+from moabench import methods
+from moabench.benchmarks import processes
+from moabench.benchmarks.config import ModelConfig, RandomModel
+from moabench.benchmarks.model import load_model
+from moabench.methods import catalog
+torch.distributed.init_process_group("gloo")
+model, tokenizer = load_model(ModelConfig("random_tiny", kind="random", random=RandomModel()), 0, "cpu")
+whole = sum(p.numel() for p in model.parameters())
+processes.shard(model, "cpu")
+model = methods.attach(model, catalog.raw("moe_lora_topk"))
+wrapped = processes.wrapped(model)
+ids = torch.randint(len(tokenizer), (2, 8))
+wrapped(input_ids=ids, labels=ids).loss.backward()
+with torch.no_grad():
+    model(input_ids=ids)
+frozen = [p for p in model.parameters() if not p.requires_grad]
+held = sum(p.to_local().numel() for p in frozen)
+assert sum(p.numel() for p in frozen) == whole and held <= 0.51 * whole, (held, whole)
+assert all(p.grad is None for p in frozen) and any(p.grad is not None for p in model.parameters())
+"""
+
+
+def test_each_process_holds_its_part_of_a_sharded_base(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    done = together(cwd=tmp_path, script=script)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["shard=true"], "shard=true: expected several processes"),
+        (["--use_fsdp"], "expected shard=true"),
+    ],
+)
+def test_a_base_that_cannot_be_sharded_is_refused(given, message, tmp_path, monkeypatch):
+    if given == ["--use_fsdp"]:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        given = []
+    done = moabench("method=lora", *SMALL, *given, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert not find(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["method=full"], "another method than full, which trains the base itself"),
+        (["method=dora"], "another method than dora"),
+        (["+model.quantize=4"], "expected model.quantize=null, not 4"),
+        (["train.halve=true"], "expected false in a run of several processes"),
+    ],
+)
+def test_what_several_processes_cannot_do(given, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError) as caught:
+        processes.start(composed(*given, f"shard={given != ['train.halve=true']}"))
+    assert message in str(caught.value)
