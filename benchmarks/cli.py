@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a run failed, 2 a config error, 130 interrupted. Errors ar
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ examples:
   {prog} -m method=none,lora,moa_soft,moa_sparse seed=0,1,2 quiet=true
   {prog} +experiment=equal_budget                            a committed study: a file of conf/experiment with its grid
   {prog} runs ls                                             what was run: also show, diff, rm, retry, rerun
+  {prog} memory method=moa_soft model=llama3.1_8b train=paper   the memory that a training step needs
   {prog} method=molora budget=lora_r37                       as many trainable parameters as LoRA of that rank
 
 choices (each is a file conf/<group>/<choice>.yaml):
@@ -58,7 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own arguments); returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["runs"], ["--rerun"]):
-        return _runs(["rerun", *argv[1:]] if argv[0] == "--rerun" else argv[1:])
+        return _command("housekeeping", ["rerun", *argv[1:]] if argv[0] == "--rerun" else argv[1:])
+    if argv[:1] == ["memory"]:
+        return _command("memory", argv[1:])
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
@@ -79,11 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         return report(error, show)
 
 
-def _runs(argv: list[str]) -> int:
-    from moabench.benchmarks import housekeeping
-
+def _command(module: str, argv: list[str]) -> int:
+    """A command of its own module: `runs`, `memory`."""
     try:
-        return housekeeping.main(argv)
+        return importlib.import_module(f"moabench.benchmarks.{module}").main(argv)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -74,6 +74,8 @@ class ModelConfig:
             raise ConfigError(f"path={self.path!r}: expected a hub id or folder with kind=pretrained only (kind={self.kind}).")
         if (self.kind == "random") != (self.random is not None):
             raise ConfigError(f"random={self.random!r}: expected sizes with kind=random only (kind={self.kind}).")
+        if self.quantize and self.kind == "random":
+            raise ConfigError(f"quantize={self.quantize}: expected null with kind=random, which has no weights to read packed.")
 
     @property
     def source(self) -> str:
@@ -287,6 +289,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise ConfigError(f"device={self.device!r}: expected auto, cpu, mps, cuda or cuda:<number>.")
+        if self.model.quantize and self.parsed_method.tuner == "full":
+            raise ConfigError(f"model.quantize={self.model.quantize}: expected null with method=full, which trains the weights themselves.")
 
     @classmethod
     def from_composed(cls, data: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:

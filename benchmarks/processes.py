@@ -46,7 +46,9 @@ def start(cfg: RunConfig) -> None:
     if count() == 1:
         return
     if cfg.train.halve:
-        raise ConfigError("train.halve=true: expected false in a run of several processes; the others would wait for the one that starts anew.")
+        raise ConfigError(
+            "train.halve=true: expected false in a run of several processes; the others would wait for the one that starts anew."
+        )
     import torch
 
     kind = cfg.device

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from test_config import composed
 
 from moabench.benchmarks.config import ModelConfig, RandomModel
 from moabench.benchmarks.model import check_folder, load_model
@@ -111,13 +112,17 @@ def test_a_hub_name_out_of_reach_is_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_quantisation_needs_its_package_and_a_gpu(saved, monkeypatch):
+def test_quantisation_needs_its_package(saved, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
     with pytest.raises(ConfigError, match=r"model.quantize=4: needs the package bitsandbytes"):
         load_model(pretrained(saved, quantize=4), 0, "cpu")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
-    with pytest.raises(ConfigError, match=r"model.quantize=8: needs a GPU"):
-        load_model(pretrained(saved, quantize=8), 0, "cpu")
+
+
+def test_what_cannot_be_quantised():
+    with pytest.raises(ConfigError, match="expected null with kind=random"):
+        composed("model=random_tiny", "+model.quantize=4")
+    with pytest.raises(ConfigError, match="expected null with method=full"):
+        composed("method=full", "+model.quantize=4")
 
 
 def test_an_unknown_architecture_gets_the_nearest():
