@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .files import RunError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -113,6 +115,12 @@ def forward(model: torch.nn.Module, batch: dict[str, Tensor], kept: int, inner: 
     inner: the model inside, where `model` is a wrapper for several processes.
     """
     return model(**inputs(inner or model, batch), logits_to_keep=kept, use_cache=False).logits
+
+
+def check_numbers(bad: bool) -> None:
+    """Raise RunError if logits were NaN: the first choice would win every question, which looks like a result."""
+    if bad:
+        raise RunError("the model's logits are not numbers (NaN): training diverged; expected a smaller train.lr or a train.max_grad_norm.")
 
 
 EXTRAS = ("prompt_mask", "skill_ids")

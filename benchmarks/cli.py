@@ -11,13 +11,15 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 from moabench.benchmarks import processes, tasks
 from moabench.benchmarks.config import CONF, RunConfig, groups
 from moabench.benchmarks.files import RunError, storage_error
-from moabench.benchmarks.overrides import nested, one_line, prepare
+from moabench.benchmarks.overrides import nested, one_line, prepare, tunes
 from moabench.methods.spec import ConfigError
 
 USAGE = """\
@@ -53,7 +55,7 @@ A finished run is found again and answered from disk; an interrupted one resumes
 """
 
 _SWEEP_FAILURES: list[int] = []
-"""Exit codes of the failed jobs of this process: Hydra drops what a job of a sweep returns."""
+"""Exit codes of the failed jobs of this process: Hydra drops what a job of a sweep returns, or a sweeper reads it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     _SWEEP_FAILURES.clear()
     show = "traceback=true" in (arg.lstrip("+").lower() for arg in argv)
     try:
+        started = time.time()
         _compose_and_run(prepare(argv))
+        if tunes(argv):
+            _say_best(argv, started)
         return max(_SWEEP_FAILURES, default=0)
     except KeyboardInterrupt:
         _close_bars()
@@ -103,6 +108,10 @@ def _compose_and_run(argv: list[str]) -> None:
     os.environ["MOABENCH_MAIN"] = str(os.getpid())
     # OpenMP reads this when torch loads it. Its default, spinning, made steps 2 to 3 times slower on a machine that others use too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if tunes(argv):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
     saved, sys.argv = sys.argv, [sys.argv[0] or "moabench", *argv]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
@@ -117,8 +126,21 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("variants", lambda *, _root_: ",".join(_root_.experiment.variants), replace=True)
 
 
-def job(composed: Any) -> None:
-    """One run, as Hydra calls it. In a sweep a failure is reported and the other jobs go on."""
+def _say_best(argv: list[str], started: float) -> None:
+    """The outcome of a search, from the file in which Optuna's sweeper leaves it."""
+    import yaml
+
+    runs_dir = next((arg.partition("=")[2] for arg in argv if arg.startswith("runs_dir=")), RunConfig.runs_dir)
+    for file in sorted(Path(runs_dir).expanduser().glob(".sweeps/*/optimization_results.yaml")):
+        if file.stat().st_mtime >= started:
+            best = yaml.safe_load(file.read_text())
+            words = " ".join(f"{key.lstrip('+')}={value}" for key, value in best["best_params"].items())
+            print(f"\nbest: {words}   {100 * best['best_value']:.1f} % on the held-out rows; without data.held_out the same is reported")
+
+
+def job(composed: Any) -> float | None:
+    """One run, as Hydra calls it; its mean accuracy, for sweepers that search. In a sweep a failure is reported and the other jobs go
+    on."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -132,9 +154,10 @@ def job(composed: Any) -> None:
         cfg = RunConfig.from_composed(data, overrides)
         if sweep and not cfg.quiet and processes.rank() == 0:
             print(f"\n[{HydraConfig.get().job.num}] {' '.join(text.lstrip('+') for text in overrides)}", flush=True)
+        from moabench.benchmarks import summary
         from moabench.benchmarks.experiment import run
 
-        run(cfg)
+        return summary.accuracy(run(cfg).metrics)
     except Exception as error:
         _SWEEP_FAILURES.append(report(error, show, label=f"[{HydraConfig.get().job.num}] " if sweep else ""))
         if processes.count() > 1:
@@ -142,6 +165,7 @@ def job(composed: Any) -> None:
         if os.environ.get("MOABENCH_MAIN") != str(os.getpid()):
             # A worker process of a launcher: only an exception, one that pickles, tells the parent that the job failed.
             raise Reported(_SWEEP_FAILURES[-1]) from None
+        return None
 
 
 class Reported(Exception):

@@ -321,6 +321,17 @@ class RunConfig:
         return _plain(self)
 
 
+def composed(overrides: Iterable[str]) -> RunConfig:
+    """The config of overrides as on the command line. Raises ConfigError and Hydra's own errors."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from moabench.benchmarks.overrides import prepare
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return RunConfig.from_composed(OmegaConf.to_container(compose("config", prepare([*overrides])), resolve=True), overrides)
+
+
 def _merge_recipe(train: dict, method: str, chosen: set[str]) -> dict:
     """`train` with the recipe of `method` put over the common fields, except where the user set a field on the command line."""
     recipes = train.pop("recipes", None) or {}

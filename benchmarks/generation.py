@@ -92,6 +92,7 @@ def _generate(model, prompts: list[Example], until: Stop, pad: int) -> list[list
         batch = _next(batch, waiting[-1])
         if len(waiting) < CHECK and step < until.length:
             continue
+        batches.check_numbers(bool(out.logits.isnan().any()))
         for i, ids in zip(alive, torch.stack(waiting, 1).tolist(), strict=True):
             found[i] += ids
         waiting = []

@@ -26,6 +26,7 @@ from moabench import methods
 from moabench.methods import catalog
 from moabench.methods.tuner.architecture import decoder_layers
 
+from .config import composed
 from .trainer import answer_nll
 
 if TYPE_CHECKING:
@@ -170,20 +171,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="over which shard=true splits the base (default: 1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of a run")
     given = parser.parse_args(argv)
-    for line in _table() if given.table else _of_config(_composed(given.overrides), given.processes):
+    for line in _table() if given.table else _of_config(composed(given.overrides), given.processes):
         print(line, flush=True)
     return 0
-
-
-def _composed(overrides: Sequence[str]) -> RunConfig:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from .config import CONF, RunConfig
-    from .overrides import prepare
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return RunConfig.from_composed(OmegaConf.to_container(compose("config", prepare(list(overrides))), resolve=True), overrides)
 
 
 def _of_config(cfg: RunConfig, processes: int) -> Iterator[str]:

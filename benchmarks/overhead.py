@@ -1,9 +1,10 @@
-"""What counting expert load and routing adds to a train step of the shipped base, a row of the history every ten steps included.
+"""What the harness costs beside the training itself.
 
-    python -m moabench.benchmarks.overhead --rounds 15
+    python -m moabench.benchmarks.overhead --rounds 15      counting load and routing, as a share of a train step
+    python -m moabench.benchmarks.overhead --run            a whole run's seconds before its first step and after its last
 
-Times are CPU time of the process with one thread, wall time otherwise: medians of interleaved rounds. What mixtures themselves cost:
-`python -m moabench.kernels.bench`.
+A row of the history every ten steps is included. Times of steps are CPU time of the process with one thread, wall time otherwise: medians
+of interleaved rounds. What mixtures themselves cost: `python -m moabench.kernels.bench`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ import argparse
 import copy
 import functools
 import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -47,14 +54,62 @@ def shares(rounds: int, names: tuple[str, ...], batch: int = 16, length: int = 2
     return result
 
 
+def of_run(overrides: Sequence[str]) -> dict[str, float]:
+    """Wall seconds of one run in this process, imports done: `before` the first step and `after` the last one, without what is asked for
+    there, which is `evaluation` (base and trained model, all of it) and `probes`; `steps`, and `whole`."""
+    from moabench.benchmarks import experiment, probe, trainer
+
+    from .config import composed
+
+    spent, steps, spans = {"evaluation": 0.0, "probes": 0.0}, [], []
+
+    def timed(call: Callable, name: str) -> Callable:
+        @functools.wraps(call)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                end = time.perf_counter()
+                if name == "steps":
+                    steps.extend((start, end))
+                else:
+                    spent[name] += end - start
+                    spans.append((start, end))
+
+        return wrapper
+
+    with ExitStack() as patches, tempfile.TemporaryDirectory() as folder:
+        for holder, call, name in (
+            (experiment, "_evaluated", "evaluation"),
+            (probe.Probe, "__init__", "probes"),
+            (probe.Probe, "measure", "probes"),
+            (trainer.MixtureTrainer, "training_step", "steps"),
+        ):
+            patches.enter_context(mock.patch.object(holder, call, timed(getattr(holder, call), name)))
+        cfg = composed([f"runs_dir={folder}", "logger=none", "quiet=true", *overrides])
+        start = time.perf_counter()
+        experiment.run(cfg)
+        end = time.perf_counter()
+    first, last = steps[0], steps[-1]
+    before = first - start - sum(b - a for a, b in spans if b <= first)
+    after = end - last - sum(b - a for a, b in spans if a >= last)
+    return {"before": before, "after": after, **spent, "steps": last - first, "whole": end - start}
+
+
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="moabench.benchmarks.overhead", description=__doc__.split("\n\n")[0])
     parser.add_argument("--methods", nargs="+", choices=catalog.names(), default=["molora", "moe_lora_topk", "mixlora", "moa_soft"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--run", nargs="*", metavar="key=value", help="measure a run of this config")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.run is not None:
+        of_run([*args.run, "train.steps=2", "probe.times=0"])  # what the first run of a process imports and fills
+        print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in of_run(args.run).items()))
+        return
     for name, (share, step, count) in shares(args.rounds, tuple(args.methods)).items():
         print(f"{name:16s} {100 * share:5.1f} %   step {step * 1e3:7.1f} ms, count {count * 1e3:5.2f} ms")
 

@@ -31,7 +31,24 @@ def prepare(argv: list[str]) -> list[str]:
         except HydraException as error:
             raise ConfigError(f"cannot read {text!r}: {one_line(error)}. Expected key=value.") from None
         rewritten[text] = _checked(override, text)
-    return [rewritten.get(arg, arg) for arg in argv]
+    return [*(rewritten.get(arg, arg) for arg in argv), *_tuning(texts)]
+
+
+def tunes(argv: list[str]) -> bool:
+    """Whether a sweep is a search for the best config."""
+    return "hydra/sweeper=optuna" in argv
+
+
+def _tuning(texts: list[str]) -> Iterator[str]:
+    """What a search needs that Optuna's sweeper does not assume: accuracy is to be high, and a trial may fail. ConfigError where the
+    trials would be judged on the rows that are reported."""
+    if not tunes(texts):
+        return
+    if not any(text.lstrip("+").lower() == "data.held_out=true" for text in texts):
+        raise ConfigError("hydra/sweeper=optuna: expected data.held_out=true too, so that the reported split is not what was tuned on.")
+    for key, value in {"direction": "maximize", "max_failure_rate": "1.0"}.items():
+        if not any(text.startswith(f"hydra.sweeper.{key}=") for text in texts):
+            yield f"hydra.sweeper.{key}={value}"
 
 
 def _checked(override: Any, text: str) -> str:
@@ -108,10 +125,10 @@ def nested(cls: type, name: str) -> type | None:
 
 
 def _check_plugin(override: Any) -> None:
-    """A launcher that is not installed gets a message that says what to install."""
-    module = _PLUGINS.get(str(override.value())) if override.key_or_group == "hydra/launcher" else None
+    """A launcher or sweeper that is not installed gets a message that says what to install."""
+    module = _PLUGINS.get(str(override.value())) if override.key_or_group in ("hydra/launcher", "hydra/sweeper") else None
     if module and not installed(f"hydra_plugins.{module}"):
-        raise ConfigError(f"hydra/launcher={override.value()}: not installed; pip install {module.replace('_', '-')}.")
+        raise ConfigError(f"{override.key_or_group}={override.value()}: not installed; pip install {module.replace('_', '-')}.")
 
 
 def installed(module: str) -> bool:
@@ -127,8 +144,9 @@ _PLUGINS = {
     "submitit_local": "hydra_submitit_launcher",
     "submitit_slurm": "hydra_submitit_launcher",
     "ray": "hydra_ray_launcher",
+    "optuna": "hydra_optuna_sweeper",
 }
-"""Hydra launchers that are packages of their own, and their modules."""
+"""Hydra launchers and sweepers that are packages of their own, and their modules."""
 
 
 def one_line(error: Any) -> str:

@@ -149,5 +149,6 @@ def _score(scores: Tensor, rows: list[tuple[int, list[int]]], examples: Sequence
     index = torch.tensor(index, device=scores.device)
     targets = torch.tensor([token for answer in answers for token in answer], device=scores.device)
     picked = torch.stack([scores[index, targets].double(), (scores.argmax(-1)[index] == targets).double()]).cpu()
+    batches.check_numbers(bool(picked.isnan().any()))
     for (i, _), part in zip(requests, picked.split([len(answer) for answer in answers], dim=1), strict=True):
         found[i] = float(part[0].sum()), bool(part[1].all())

@@ -4,6 +4,7 @@ against lm-eval's own requests and metrics, and counts by hand.
 pytest tests/benchmarks/test_evaluation.py
 """
 
+import dataclasses
 import random
 
 import numpy as np
@@ -370,3 +371,12 @@ def test_generation_leaves_room_and_counts_cut_prompts(llama, tokenizer):
     text = "red fox " * 200
     asked = [Instance("generate_until", {}, (prompt, {"until": [], "max_gen_toks": 5}), 0) for prompt in (text, "The red fox")]
     assert len(lm.generate_until(asked)) == 2 and lm.cut == 1
+
+
+@pytest.mark.parametrize("protocol", ["loglikelihood", "generate"])
+def test_a_model_that_gives_nan_is_no_result(protocol, llama, tokenizer, config):
+    """With NaN everywhere the first choice of each question would win, and it may be the right one."""
+    llama.lm_head.weight.data[0, 0] = float("nan")
+    cfg = dataclasses.replace(config(), protocol=protocol)
+    with pytest.raises(files.RunError, match="training diverged"):
+        evaluate(llama, tokenizer, ("arc_easy",), cfg, progress=False)

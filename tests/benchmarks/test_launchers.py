@@ -1,4 +1,4 @@
-"""Sweeps through Hydra's launchers: the same results, failures that are seen.
+"""Sweeps through Hydra's launchers: the same results, failures that are seen. A search by Optuna: for accuracy, on held-out rows.
 
 Run: python -m pytest tests/benchmarks/test_launchers.py
 """
@@ -6,11 +6,14 @@ Run: python -m pytest tests/benchmarks/test_launchers.py
 import importlib.util
 
 import pytest
+import yaml
 from test_cli import moabench
 
+from moabench.benchmarks import overrides
 from moabench.benchmarks.files import read_json
 from moabench.benchmarks.housekeeping import unequal
 from moabench.benchmarks.runs import find
+from moabench.methods.spec import ConfigError
 
 SWEEP = [
     "method=lora,molora", "seed=0,1", "model=random_tiny", "task=arc_easy", "train=smoke", "data.eval_limit=8",
@@ -47,3 +50,27 @@ def test_a_failure_in_a_worker_is_seen_and_the_sweep_goes_on(tmp_path):
     done = moabench("-m", "hydra/launcher=joblib", *OPTIONS["joblib"], *words, cwd=tmp_path)
     assert done.returncode == 1 and "not finite" in done.stderr
     assert sorted(read_json(path / "status.json")["state"] for path in find(tmp_path / "runs")) == ["failed", "finished"]
+
+
+SEARCH = [
+    "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=5", "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=0",
+    "train.lr=choice(1e-2,1e30)", "train.max_grad_norm=0", "method=lora", "probe.times=0",
+    *(word for word in SWEEP if not word.startswith(("method", "seed"))),
+]  # fmt: skip
+
+
+def test_a_search_finds_the_most_accurate_and_passes_over_failures(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    done = moabench(*SEARCH, "data.held_out=true", cwd=tmp_path)
+    assert done.returncode == 1 and "not numbers" in done.stderr, "a failed trial shows in the exit code"
+    states = {yaml.safe_load((p / "config.yaml").read_text())["train"]["lr"]: read_json(p / "status.json") for p in find(tmp_path / "runs")}
+    assert {rate: status["state"] for rate, status in states.items()} == {1e-2: "finished", 1e30: "failed"}
+    assert "best: train.lr=0.01 " in done.stdout and "% on the held-out rows" in done.stdout
+
+
+def test_a_search_on_the_reported_rows_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(overrides, "installed", lambda module: True)
+    with pytest.raises(ConfigError, match=r"expected data\.held_out=true too"):
+        overrides.prepare(SEARCH)
+    prepared = overrides.prepare([*SEARCH, "data.held_out=true", "hydra.sweeper.max_failure_rate=0.2"])
+    assert prepared[-1] == "hydra.sweeper.direction=maximize" and "hydra.sweeper.max_failure_rate=1.0" not in prepared

@@ -32,7 +32,7 @@ SlurmctldLogFile=$WORK/slurmctld.log
 SlurmdLogFile=$WORK/slurmd.log
 ReturnToService=2
 JobRequeue=1
-NodeName=$NODE CPUs=$(nproc) RealMemory=4000 State=UNKNOWN
+NodeName=$NODE CPUs=$(getconf _NPROCESSORS_ONLN) RealMemory=4000 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 pgrep munged > /dev/null || runuser -u munge -- munged
