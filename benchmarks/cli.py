@@ -157,7 +157,7 @@ def job(composed: Any) -> float | None:
         from moabench.benchmarks import summary
         from moabench.benchmarks.experiment import run
 
-        return summary.accuracy(run(cfg).metrics)
+        return summary.accuracy(run(cfg, again=cfg.retry or not sweep).metrics)
     except Exception as error:
         _SWEEP_FAILURES.append(report(error, show, label=f"[{HydraConfig.get().job.num}] " if sweep else ""))
         if processes.count() > 1:

@@ -275,6 +275,8 @@ class RunConfig:
     runs_dir: str = "runs"
     keep: Literal["adapter", "all", "none"] = "adapter"
     """Weights in the run folder: the adapter, the last checkpoint (optimiser and random states) too, or none."""
+    retry: bool = False
+    """In a sweep: runs that failed before start again, instead of being passed over."""
     seed: Annotated[int, Bound(ge=0)] = 0
     device: str = "auto"
     backend: Literal["auto", "torch", "triton"] = "auto"
@@ -354,8 +356,8 @@ def _own_model(model: dict, chosen: set[str]) -> dict:
 
 
 NOT_IN_HASH = {
-    "runs_dir": None, "keep": None, "experiment": None, "logger": None, "quiet": None, "traceback": None, "threads": None, "shard": None,
-    "train": {"log_every", "save_every", "halve"},
+    "runs_dir": None, "keep": None, "retry": None, "experiment": None, "logger": None, "quiet": None, "traceback": None, "threads": None,
+    "shard": None, "train": {"log_every", "save_every", "halve"},
 }  # fmt: skip
 """What cannot change the result: whole sections (None) or some of their keys."""
 

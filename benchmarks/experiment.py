@@ -40,8 +40,11 @@ class Outcome:
     """False: the run was finished before and its record was read."""
 
 
-def run(cfg: RunConfig) -> Outcome:
-    """Do the run, or find it done. Raises ConfigError for bad input, RunError and others for runs that fail."""
+def run(cfg: RunConfig, again: bool = True) -> Outcome:
+    """Do the run, or find it done. Raises ConfigError for bad input, RunError and others for runs that fail.
+
+    again: one that failed before starts anew; otherwise RunError with its reason.
+    """
     from moabench.benchmarks.model import check_folder
 
     check_folder(cfg.model)
@@ -55,6 +58,9 @@ def run(cfg: RunConfig) -> Outcome:
     if processes.rank() > 0:
         return _follow(cfg, folder, inputs)
     ran = False
+    if folder.state() == "failed" and not again:
+        reason = folder.status().get("reason", "no reason known")
+        raise RunError(f"{folder.path} failed before and is passed over ({reason}); retry=true starts it again.")
     if folder.state() != "finished":
         with folder.claim() as state:
             if ran := state != "finished":

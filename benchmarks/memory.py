@@ -120,7 +120,7 @@ class Peak(TorchDispatchMode):
 
 
 def _peak(model: nn.Module, batch: int, length: int, checkpointing: bool) -> int:
-    """Of a forward and backward pass, gradients included. The model is left on fake tensors."""
+    """Of a forward and backward pass, gradients included. The model is left on fake tensors, for one use."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model.train()
@@ -249,7 +249,7 @@ def _table(batch: int = 8, length: int = 256) -> Iterator[str]:
     yield "|---|---|" + "---:|" * len(WAYS)
     for name in SIZES:
         for method in ("lora", "molora", "mixlora", "moa_soft"):
-            model = methods.attach(bare(name), catalog.raw(method)).to("meta")
-            steps = {checkpointing: _peak(model, batch, length, checkpointing) for checkpointing in (False, True)}
-            found = [_with_weights(model, steps[checkpointing], *more) for checkpointing, *more in WAYS.values()]
+            models = {way: methods.attach(bare(name), catalog.raw(method)).to("meta") for way in (False, True)}
+            steps = {way: _peak(model, batch, length, checkpointing=way) for way, model in models.items()}
+            found = [_with_weights(models[way], steps[way], *more) for way, *more in WAYS.values()]
             yield f"| `{name}` | `{method}` | " + " | ".join(f"{memory.total / 2**30:.1f}" for memory in found) + " |"

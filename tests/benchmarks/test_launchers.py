@@ -52,6 +52,21 @@ def test_a_failure_in_a_worker_is_seen_and_the_sweep_goes_on(tmp_path):
     assert sorted(read_json(path / "status.json")["state"] for path in find(tmp_path / "runs")) == ["failed", "finished"]
 
 
+def test_a_sweep_passes_over_what_failed_until_told(tmp_path):
+    words = [word for word in SWEEP if not word.startswith(("method", "seed"))]
+    words += ["method=lora", "probe.times=0", "train.max_grad_norm=0"]
+    sweep = ["-m", *words, "train.lr=1e30,1e-3"]
+    assert moabench(*sweep, cwd=tmp_path).returncode == 1
+    again = moabench(*sweep, cwd=tmp_path)
+    assert again.returncode == 1 and "failed before and is passed over (RunError:" in again.stderr and "retry=true" in again.stderr
+    (failed,) = (path for path in find(tmp_path / "runs") if read_json(path / "status.json")["state"] == "failed")
+    assert read_json(failed / "status.json")["attempt"] == 1
+    assert moabench(*sweep, "retry=true", cwd=tmp_path).returncode == 1
+    assert read_json(failed / "status.json")["attempt"] == 2
+    assert moabench(*words, "train.lr=1e30", cwd=tmp_path).returncode == 1
+    assert read_json(failed / "status.json")["attempt"] == 3, "a run alone is asked for by name"
+
+
 SEARCH = [
     "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=5", "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=0",
     "train.lr=choice(1e-2,1e30)", "train.max_grad_norm=0", "method=lora", "probe.times=0",
