@@ -66,7 +66,8 @@ def estimate(
 
 def _with_weights(model: nn.Module, step: int, quantize: int | None, processes: int) -> Memory:
     """A step of so many bytes, and the weights."""
-    inside = [f"{name}." for name, module in model.named_modules() if any(module is layer for layer in decoder_layers(model).values())]
+    decoder = {id(layer) for layer in decoder_layers(model).values()}
+    inside = [f"{name}." for name, module in model.named_modules() if id(module) in decoder]
     linears = {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
