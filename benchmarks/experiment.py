@@ -346,8 +346,8 @@ def set_globals(cfg: RunConfig) -> str:
         devices.take_gpu()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and processes.count() > 1:
-            device = processes.device(device)
+    if device == "cuda" and processes.count() > 1:
+        device = processes.device(device)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not available[device.partition(":")[0]]:
         there = ", ".join(name for name, present in available.items() if present)

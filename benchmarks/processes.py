@@ -51,10 +51,8 @@ def start(cfg: RunConfig) -> None:
         )
     import torch
 
-    kind = cfg.device
-
     if not torch.distributed.is_initialized():
-        gpu = kind.startswith("cuda") or (kind == "auto" and torch.cuda.is_available())
+        gpu = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
         if gpu:
             torch.cuda.set_device(device("cuda"))
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
