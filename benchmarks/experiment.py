@@ -29,6 +29,9 @@ from moabench.methods.spec import ConfigError
 class OutOfMemory(RunError):
     """The run needs more memory than there is; recorded by this name, and a sweep goes on."""
 
+    training = False
+    """Met in training, not in evaluation."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -143,29 +146,31 @@ def _fitting(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: logg
         try:
             return _measure(cfg, path, path, inputs, device, logger, resume)
         except Exception as error:
-            smaller = _halved(cfg) if cfg.train.halve and isinstance(_explained(error, path), OutOfMemory) else None
+            explained = _explained(error, path)
+            smaller = _halved(cfg, explained.training) if cfg.train.halve and isinstance(explained, OutOfMemory) else None
             if smaller is None:
                 raise
+            del explained
         # Outside of the handler: its traceback holds the frames, and these hold what filled the memory.
         free_memory(device)
-        was, now = cfg.train, smaller.train
-        print(
-            f"out of memory with train.batch_size={was.batch_size}, train.eval_batch_size={was.eval_batch_size}; goes on with "
-            f"{now.batch_size}, {now.eval_batch_size} and train.accumulation={now.accumulation}",
-            file=sys.stderr,
-        )
+        keys = ("batch_size", "accumulation", "eval_batch_size")
+        was, now = ([getattr(c.train, key) for key in keys] for c in (cfg, smaller))
+        changed = [f"train.{key}={new} (was {old})" for key, old, new in zip(keys, was, now, strict=True) if old != new]
+        print(f"out of memory; goes on with {', '.join(changed)}", file=sys.stderr)
         set_globals(cfg)
         cfg, resume = smaller, True
 
 
-def _halved(cfg: RunConfig) -> RunConfig | None:
-    """As many sequences in a step, from passes of half the size (an odd size goes down by its least divisor); None if all are of one."""
+def _halved(cfg: RunConfig, training: bool) -> RunConfig | None:
+    """With passes of half the size (an odd one goes down by its least divisor), in training as many sequences in a step; None where they
+    are of one sequence."""
     t = cfg.train
-    if t.batch_size == t.eval_batch_size == 1:
+    size = t.batch_size if training else t.eval_batch_size
+    factor = next((k for k in range(2, size + 1) if size % k == 0), None)
+    if factor is None:
         return None
-    factor = next((k for k in range(2, t.batch_size + 1) if t.batch_size % k == 0), 1)
-    smaller = {"batch_size": t.batch_size // factor, "accumulation": t.accumulation * factor}
-    return dataclasses.replace(cfg, train=dataclasses.replace(t, **smaller, eval_batch_size=max(1, t.eval_batch_size // 2)))
+    smaller = {"batch_size": size // factor, "accumulation": t.accumulation * factor} if training else {"eval_batch_size": size // factor}
+    return dataclasses.replace(cfg, train=dataclasses.replace(t, **smaller))
 
 
 def free_memory(device: str) -> None:
@@ -206,6 +211,12 @@ def _measure(
             trained = train(model, tokenizer, rows, cfg, checkpoints, resume=resume, **options)
         except ConfigError as error:  # a loss that is not finite: the run stays, with its reason
             raise RunError(str(error)) from error
+        except Exception as error:
+            explained = _explained(error, path)
+            if isinstance(explained, OutOfMemory):
+                explained.training = True
+                raise explained from error
+            raise
         history, routing = [{"step": row["step"], **row} for row in trained.history], list(trained.routing)
         logger.log_history(history)
         metrics |= trained.metrics

@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moabench.benchmarks import evaluation, experiment, trainer, training
+from moabench.benchmarks import evaluation, experiment, scoring, trainer, training
 from moabench.benchmarks.config import CONF, RunConfig, run_hash
 from moabench.benchmarks.environment import inputs
 from moabench.benchmarks.files import RunError, StorageError, read_json
@@ -355,14 +355,31 @@ HALVES = ("method=moe_lora_topk", "train.batch_size=12", "train.eval_batch_size=
 
 def test_passes_are_halved_until_they_fit(tmp_path, monkeypatch, capsys):
     """12 -> 6 -> 3: then every metric is that of a run asked to do so."""
-    asked = experiment.run(config(tmp_path / "asked", *HALVES, "train.batch_size=3", "train.accumulation=4", "train.eval_batch_size=2"))
+    asked = experiment.run(config(tmp_path / "asked", *HALVES, "train.batch_size=3", "train.accumulation=4"))
     holding(monkeypatch, 3)
     halved = experiment.run(config(tmp_path / "halved", *HALVES, "train.halve=true"))
     assert settled(halved.metrics) == settled(asked.metrics)
     assert (halved.metrics["train/batch_size"], halved.metrics["train/accumulation"]) == (3, 4)
     said = capsys.readouterr().err
-    assert said.count("out of memory with train.batch_size=") == 2 and "goes on with 3, 2 and train.accumulation=4" in said
+    assert said.count("out of memory; goes on with ") == 2
+    assert "train.batch_size=3 (was 6), train.accumulation=4 (was 2)\n" in said
     assert halved.folder.name == experiment.run(config(tmp_path / "halved", *HALVES)).folder.name, "the same run, found finished"
+
+
+def test_passes_of_evaluation_are_halved_apart(tmp_path, monkeypatch, capsys):
+    original = scoring.batches.forward
+
+    def forward(model, batch, *args, **kwargs):
+        if not model.training and len(batch["input_ids"]) > 2:
+            raise FULL
+        return original(model, batch, *args, **kwargs)
+
+    monkeypatch.setattr(scoring.batches, "forward", forward)
+    found = experiment.run(
+        config(tmp_path, "method=lora", "train.eval_batch_size=8", "train.halve=true", "probe.times=0", "forgetting=none")
+    )
+    assert found.metrics["train/batch_size"] == config(tmp_path, "method=lora").train.batch_size
+    assert "out of memory; goes on with train.eval_batch_size=2 (was 4)\n" in capsys.readouterr().err
 
 
 def test_a_run_that_fills_the_memory_late_goes_on_from_its_checkpoint(tmp_path, monkeypatch, calls):
