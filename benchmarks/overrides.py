@@ -141,12 +141,14 @@ def installed(module: str) -> bool:
 
 _PLUGINS = {
     "joblib": "hydra_joblib_launcher",
+    "workers": "hydra_joblib_launcher",
+    "slurm": "hydra_submitit_launcher",
     "submitit_local": "hydra_submitit_launcher",
     "submitit_slurm": "hydra_submitit_launcher",
     "ray": "hydra_ray_launcher",
     "optuna": "hydra_optuna_sweeper",
 }
-"""Hydra launchers and sweepers that are packages of their own, and their modules."""
+"""Hydra launchers and sweepers that are packages of their own, or files of conf/hydra for such, and their modules."""
 
 
 def one_line(error: Any) -> str:

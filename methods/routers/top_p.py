@@ -11,7 +11,8 @@ from ..routing import Routing
 from ..spec import Bound
 
 route = Lazy("moabench.kernels.route")
-BelowOne = Annotated[float, Bound(gt=0, lt=1)]
+BelowOne = Annotated[float, Bound(ge=1e-6, lt=1)]
+"""Below 1 / E it selects one expert anyway; in single precision a far smaller one is 0, which none has to reach."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import yaml
 from test_cli import moabench
 
 from moabench.benchmarks import overrides
+from moabench.benchmarks.config import CONF
 from moabench.benchmarks.files import read_json
 from moabench.benchmarks.housekeeping import unequal
 from moabench.benchmarks.runs import find
@@ -19,8 +20,8 @@ SWEEP = [
     "method=lora,molora", "seed=0,1", "model=random_tiny", "task=arc_easy", "train=smoke", "data.eval_limit=8",
     "data.train_limit=32", "forgetting=none", "logger=none", "device=cpu", "quiet=true", "threads=1",
 ]  # fmt: skip
-PLUGINS = {"joblib": "hydra_joblib_launcher", "submitit_local": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}
-OPTIONS = {"joblib": ["hydra.launcher.n_jobs=2"]}
+PLUGINS = {"workers": "hydra_joblib_launcher", "submitit_local": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}
+SHIPPED = sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def alone(tmp_path_factory):
 def test_a_launcher_changes_no_result(launcher, alone, tmp_path):
     if importlib.util.find_spec("hydra_plugins") is None or importlib.util.find_spec(f"hydra_plugins.{PLUGINS[launcher]}") is None:
         pytest.skip(f"{PLUGINS[launcher]} is not installed")
-    done = moabench("-m", f"hydra/launcher={launcher}", *OPTIONS.get(launcher, []), *SWEEP, cwd=tmp_path)
+    done = moabench("-m", f"hydra/launcher={launcher}", *SWEEP, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ours, theirs = find(tmp_path / "runs"), find(alone)
     assert [path.name for path in ours] == [path.name for path in theirs] and len(ours) == 4
@@ -47,7 +48,7 @@ def test_a_failure_in_a_worker_is_seen_and_the_sweep_goes_on(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     words = [word for word in SWEEP if not word.startswith(("method", "seed"))]
     words += ["method=lora", "train.lr=1e30,1e-3", "train.max_grad_norm=0"]
-    done = moabench("-m", "hydra/launcher=joblib", *OPTIONS["joblib"], *words, cwd=tmp_path)
+    done = moabench("-m", "hydra/launcher=workers", *words, cwd=tmp_path)
     assert done.returncode == 1 and "not finite" in done.stderr
     assert sorted(read_json(path / "status.json")["state"] for path in find(tmp_path / "runs")) == ["failed", "finished"]
 
@@ -65,6 +66,15 @@ def test_a_sweep_passes_over_what_failed_until_told(tmp_path):
     assert read_json(failed / "status.json")["attempt"] == 2
     assert moabench(*words, "train.lr=1e30", cwd=tmp_path).returncode == 1
     assert read_json(failed / "status.json")["attempt"] == 3, "a run alone is asked for by name"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_launcher_composes_or_says_what_is_missing(name, tmp_path):
+    done = moabench(f"hydra/launcher={name}", "--cfg", "hydra", "-p", "hydra.launcher", cwd=tmp_path)
+    if done.returncode:
+        assert "not installed; pip install hydra-" in done.stderr
+        pytest.skip(done.stderr.strip())
+    assert {"workers": "n_jobs: 2", "slurm": "max_num_timeout: 100"}[name] in done.stdout
 
 
 SEARCH = [

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A one-node SLURM on this machine, and a sweep on it that is preempted, requeued and resumed. Not part of CI: it installs Debian packages
-# and starts daemons, so it wants root and a container of its own.
+# A one-node SLURM on this machine, and runs on it that are preempted or out of time, requeued and resumed. Not part of CI: it installs
+# Debian packages and starts daemons, so it wants root and a container of its own.
 #
 #     PYTHON=.venv/bin/python tests/slurm/run.sh
 #
@@ -49,8 +49,7 @@ echo "an undisturbed sweep in one process"
 "$PYTHON" run.py -m "${SWEEP[@]}" runs_dir="$WORK/alone"
 
 echo "the same sweep on SLURM"
-"$PYTHON" run.py -m hydra/launcher=submitit_slurm hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=1 hydra.launcher.timeout_min=30 \
-    "${SWEEP[@]}" runs_dir="$WORK/slurm" > "$WORK/sweep.log" 2>&1 &
+"$PYTHON" run.py -m hydra/launcher=slurm hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=1 "${SWEEP[@]}" runs_dir="$WORK/slurm" > "$WORK/sweep.log" 2>&1 &
 SWEEP_PID=$!
 for _ in $(seq 600); do ls "$WORK"/slurm/arc_easy-*/checkpoints/checkpoint-*/trainer_state.json > /dev/null 2>&1 && break; sleep 0.2; done
 squeue
@@ -61,6 +60,12 @@ sleep 3
 squeue -o "%A %t %r"
 scontrol show job "$JOB" | grep -o "Restarts=[0-9]*" || true
 wait "$SWEEP_PID" || { cat "$WORK/sweep.log"; exit 1; }
+
+echo "a run that takes longer than its job may: a minute, with a warning 20 seconds before the end"
+"$PYTHON" run.py "${SWEEP[@]:1}" method=lora train.steps="${LONG:-4000}" seed=1 runs_dir="$WORK/alone"
+"$PYTHON" run.py -m hydra/launcher=slurm hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=1 hydra.launcher.timeout_min=1 \
+    hydra.launcher.signal_delay_s=20 "${SWEEP[@]:1}" method=lora train.steps="${LONG:-4000}" seed=1 runs_dir="$WORK/slurm" > "$WORK/sweep.log" 2>&1 ||
+    { cat "$WORK/sweep.log"; exit 1; }
 
 "$PYTHON" run.py runs ls "$WORK/slurm"
 "$PYTHON" - "$WORK" << 'CHECK'
@@ -81,6 +86,6 @@ for a, b in zip(alone, slurm, strict=True):
     print(b.name, status["state"], "attempt", status["attempt"], "before:", states or "nothing")
     resumed += "interrupted" in states
     assert status["state"] == "finished" and not list(unequal(a, b)), list(unequal(a, b))
-assert resumed, "no run was interrupted: nothing was shown"
-print(f"{len(slurm)} runs on SLURM, {resumed} preempted, requeued and resumed: equal to the undisturbed ones in every metric and table")
+assert resumed == 2, f"{resumed} runs were interrupted, expected one by preemption and one by its time limit"
+print(f"{len(slurm)} runs on SLURM, {resumed} of them requeued and resumed: equal to the undisturbed ones in every metric and table")
 CHECK
