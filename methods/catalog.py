@@ -327,3 +327,5 @@ def _check_peft(mixture: Mixture, path: str) -> None:
         raise ConfigError(
             f"{path}.experts={got}, {path}.router.kind={mixture.router.kind}: tuner=peft takes one lora with n=1 and no router."
         )
+    if not isinstance(bank.r, int):
+        raise ConfigError(f"{path}.experts.r={list(bank.r)}: expected one whole number, since tuner=peft has one expert.")

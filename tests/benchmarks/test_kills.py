@@ -4,6 +4,7 @@ In CI a few kills; `MOABENCH_KILLS=100 python -m pytest tests/benchmarks/test_ki
 MOABENCH_KILLS=2` the study is one of 8 methods x 2 tasks x 3 seeds in the built-in world, on two joblib workers.
 """
 
+import itertools
 import json
 import os
 import random
@@ -94,10 +95,11 @@ def test_a_study_survives_being_killed_at_any_moment(tmp_path):
     whole, chance, kills = time.monotonic() - start, random.Random(0), 0
     theirs = find(alone / "runs")
     assert len(theirs) == RUNS
-    while kills < KILLS:
-        often = tmp_path / f"often{kills}"
+    for attempt in itertools.count():
+        often = tmp_path / f"often{attempt}"
         often.mkdir()
-        kills += disturbed(often, whole, chance, KILLS - kills)
+        more = disturbed(often, whole, chance, KILLS - kills)
+        kills, whole = kills + more, whole if more else 0.7 * whole  # the machine may have been slower in the beginning
         assert study(often).returncode == 0
         ours = find(often / "runs")
         assert [path.name for path in ours] == [path.name for path in theirs]
@@ -106,3 +108,5 @@ def test_a_study_survives_being_killed_at_any_moment(tmp_path):
             assert list(unequal(a, b)) == []
             assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir()), "something was left over"
         print(f"{kills} kills")
+        if kills >= KILLS:
+            return
