@@ -65,6 +65,7 @@ REFUSED = [  # method, override, what the message must contain
     ("naive_sum", {"losses": {"z_loss": {"coef": 1.0}}}, ["losses", "z_loss"]),
     ("lora", {"experts.n": 3}, ["n=3", "tuner=peft"]),
     ("lora", {"router.kind": "softmax"}, ["router.kind", "tuner=peft"]),
+    ("dora", {"experts.r": [4]}, ["experts.r=[4]", "tuner=peft"]),
     ("full", {"experts": {"kind": "lora"}}, ["experts", "tuner=full"]),
 ]
 
