@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from ..gate_network import GateNetwork
 from ..lazy import Lazy
 from ..params import bias_default, linear_default
 from ..routing import Routing
-from ..spec import NonNegative, Positive
+from ..spec import Bound, NonNegative
 
 torch = Lazy("torch")
 F = Lazy("torch.nn.functional")
@@ -30,7 +30,7 @@ class Threshold(GateNetwork):
     gamma_max: NonNegative = 0.5
     dynamic: bool = True
     grad: Literal["none", "subtract", "ste"] = "none"
-    temperature: Positive = 0.1
+    temperature: Annotated[float, Bound(ge=1e-4)] = 0.1
 
     def params(self, d, experts):
         tensors = super().params(d, experts)
