@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from moabench import methods
 from moabench.methods import catalog
+from moabench.methods.spec import ConfigError
 from moabench.methods.tuner.architecture import decoder_layers
 
 from .config import composed
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 """A weight in 4 bits with double quantisation: its half byte, a byte of scale for 64 of them, a float for 256 such scales (2305.14314)."""
-QUANTISED = {None: None, 8: 1.0, 4: NF4_BYTES}
+QUANTISED = {8: 1.0, 4: NF4_BYTES}
 """Bytes of a weight of a quantised linear, by `model.quantize`; those of rows' and columns' scales at 8 bits do not count."""
 
 
@@ -180,6 +181,8 @@ def main(argv: Sequence[str]) -> int:
 def _of_config(cfg: RunConfig, processes: int) -> Iterator[str]:
     from .budget import Skeleton, apply
 
+    if cfg.parsed_method.tuner == "none":
+        raise ConfigError(f"method={cfg.parsed_method.name}: expected a method that trains.")
     cfg, _ = apply(cfg)
     t, model = cfg.train, Skeleton(cfg).attached(cfg.method)
     yield (

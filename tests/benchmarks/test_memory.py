@@ -84,8 +84,9 @@ def test_the_command_says_what_a_config_needs(tmp_path):
     done = moabench("memory", "method=moa_soft", "train.max_length=64", "train.batch_size=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "moa_soft on tiny (float32), a step of 2 x 64 tokens" in done.stdout and "together" in done.stdout
-    done = moabench("memory", "method=moa_sof", cwd=tmp_path)
-    assert done.returncode == 2 and "Did you mean 'moa_soft'?" in done.stderr
+    for wrong, message in (("moa_sof", "Did you mean 'moa_soft'?"), ("none", "expected a method that trains")):
+        done = moabench("memory", f"method={wrong}", cwd=tmp_path)
+        assert done.returncode == 2 and message in done.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
