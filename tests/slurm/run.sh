@@ -62,9 +62,9 @@ scontrol show job "$JOB" | grep -o "Restarts=[0-9]*" || true
 wait "$SWEEP_PID" || { cat "$WORK/sweep.log"; exit 1; }
 
 echo "a run that takes longer than its job may: a minute, with a warning 20 seconds before the end"
-"$PYTHON" run.py "${SWEEP[@]:1}" method=lora train.steps="${LONG:-1000}" seed=1 runs_dir="$WORK/alone"
+"$PYTHON" run.py "${SWEEP[@]:1}" method=lora train.steps="${LONG:-1500}" seed=1 runs_dir="$WORK/alone"
 "$PYTHON" run.py -m hydra/launcher=slurm hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=1 hydra.launcher.timeout_min=1 \
-    hydra.launcher.signal_delay_s=20 "${SWEEP[@]:1}" method=lora train.steps="${LONG:-1000}" seed=1 runs_dir="$WORK/slurm" > "$WORK/sweep.log" 2>&1 ||
+    hydra.launcher.signal_delay_s=20 "${SWEEP[@]:1}" method=lora train.steps="${LONG:-1500}" seed=1 runs_dir="$WORK/slurm" > "$WORK/sweep.log" 2>&1 ||
     { cat "$WORK/sweep.log"; exit 1; }
 
 "$PYTHON" run.py runs ls "$WORK/slurm"
