@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         started = time.time()
         _compose_and_run(prepare(argv))
+        processes.leave()
         if tunes(argv):
             _say_best(argv, started)
         return max(_SWEEP_FAILURES, default=0)

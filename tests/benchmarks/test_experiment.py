@@ -307,6 +307,9 @@ def test_a_failed_run_stays_with_its_reason_and_is_tried_again(tmp_path, monkeyp
     (folder,) = find(tmp_path)
     assert read_json(folder / "status.json")["state"] == "failed" and "boom" in read_json(folder / "status.json")["reason"]
     assert not (folder / "metrics.json").exists(), "a half-run has no metrics"
+    with pytest.raises(RunError, match=r"passed over \(RuntimeError: boom\); retry=true"):
+        experiment.run(config(tmp_path, "method=lora"), again=False)
+    assert read_json(folder / "status.json")["attempt"] == 1
     assert experiment.run(config(tmp_path, "method=lora")).ran
     assert "train" in calls and "train resumed" not in calls
     assert "boom" in read_json(folder / "status.json")["before"][0]["reason"]

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/benchmarks/test_processes.py
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -32,25 +33,45 @@ def together(*args: str, cwd, script=REPOSITORY / "run.py") -> subprocess.Comple
     return subprocess.run(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
 
 
+SHARE = [*SMALL, "train.batch_size=4"]
+"""Of each of two processes."""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """two(method) -> the folder in which two processes ran it."""
+
+    @functools.cache
+    def run(method):
+        folder = tmp_path_factory.mktemp(method)
+        done = together(f"method={method}", *SHARE, cwd=folder)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folder
+
+    return run
+
+
 @pytest.mark.parametrize("method", ["moe_lora_topk", "moa_sparse"])
-def test_two_processes_train_what_one_does_with_their_batches(method, tmp_path):
+def test_two_processes_train_what_one_does_with_their_batches(method, two, tmp_path):
     """Losses, expert load and weights; moa_sparse has a threshold head without a gradient, which DDP has to bear."""
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    done = together(f"method={method}", *SMALL, "train.batch_size=4", cwd=tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert moabench(f"method={method}", *SMALL, "train.batch_size=8", cwd=tmp_path / "one").returncode == 0
-    (one,), (two,) = (find(tmp_path / name / "runs") for name in ("one", "two"))
-    assert read_json(two / "status.json")["state"] == "finished" and one.name != two.name
-    histories = [pd.read_parquet(folder / "history.parquet") for folder in (one, two)]
+    (joint,) = find(two(method) / "runs")
+    assert moabench(f"method={method}", *SMALL, "train.batch_size=8", cwd=tmp_path).returncode == 0
+    (one,) = find(tmp_path / "runs")
+    assert read_json(joint / "status.json")["state"] == "finished" and one.name != joint.name
+    histories = [pd.read_parquet(folder / "history.parquet") for folder in (one, joint)]
     columns = ["step", "tokens", "loss/task", "loss/total", "load/cv", "load/max_vio", "load/mean_active", "load/gate_mass"]
     pd.testing.assert_frame_equal(histories[0][columns], histories[1][columns], rtol=1e-5, atol=1e-5)
-    weights = [safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two)]
+    weights = [safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, joint)]
     for key, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][key], tensor, rtol=1e-3, atol=1e-5)
-    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
-    again = together(f"method={method}", *SMALL, "train.batch_size=4", cwd=tmp_path / "two")
-    assert again.returncode == 0 and read_json(two / "status.json")["attempt"] == 1, "found finished"
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in joint.iterdir())
+
+
+def test_a_run_of_several_processes_is_found_again(two):
+    again = together("method=moe_lora_topk", *SHARE, cwd=two("moe_lora_topk"))
+    (joint,) = find(two("moe_lora_topk") / "runs")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert read_json(joint / "status.json")["attempt"] == 1
 
 
 def test_a_failure_ends_all_processes(tmp_path):
@@ -60,15 +81,11 @@ def test_a_failure_ends_all_processes(tmp_path):
     assert states in (["failed"], ["interrupted"]), "the second run must not begin with the processes out of step"
 
 
-@pytest.mark.parametrize("method", ["mixlora"])
-def test_a_sharded_base_changes_no_result(method, tmp_path):
-    """FSDP: every metric, table and probe as with whole bases, through accumulation and probes that run parts of a layer alone."""
-    for name in ("whole", "shard"):
-        (tmp_path / name).mkdir()
-        args = [f"method={method}", *SMALL, "train.batch_size=4", "train.accumulation=2", f"shard={name == 'shard'}"]
-        done = together(*args, cwd=tmp_path / name)
-        assert done.returncode == 0, done.stderr[-3000:]
-    (whole,), (sharded,) = (find(tmp_path / name / "runs") for name in ("whole", "shard"))
+def test_a_sharded_base_changes_no_result(two, tmp_path):
+    """FSDP: every metric, table and weight as with whole bases, through probes that run parts of a layer alone."""
+    done = together("method=mixlora", *SHARE, "shard=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (whole,), (sharded,) = find(two("mixlora") / "runs"), find(tmp_path / "runs")
     assert whole.name == sharded.name
     assert list(unequal(whole, sharded)) == []
     weights = [safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, sharded)]
