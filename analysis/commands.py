@@ -9,8 +9,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moabench.benchmarks.config import CONF, NOT_IN_HASH, RunConfig, groups
-from moabench.benchmarks.overrides import prepare
+from moabench.benchmarks.config import CONF, NOT_IN_HASH, composed, groups
 from moabench.methods.spec import ConfigError
 
 from .reading import flat
@@ -92,16 +91,11 @@ def _result(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
 @functools.lru_cache(maxsize=256)
 def _composed(words: tuple[str, ...]) -> dict[str, Any]:
     """The config that a command line composes, as config.yaml has it. Raises ConfigError for one that composes none."""
-    from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            composed = compose("config", overrides=prepare(list(words)))
-        data = OmegaConf.to_container(composed, resolve=True)
-        return RunConfig.from_composed({key: value for key, value in data.items() if key != "hydra"}, words).to_dict()
+        return composed(words).to_dict()
     except (HydraException, OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 

@@ -30,6 +30,8 @@ def take_gpu() -> None:
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = chosen = claim(visible, Path(tempfile.gettempdir()) / f"moabench-gpus-{os.getuid()}")
     if torch._C._cuda_getDeviceCount() != 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible)  # so that the next run of this process does not go on with another GPU
+        os.close(_HELD.pop())
         raise RunError(f"CUDA was in use before this run chose GPU {chosen}; expected CUDA_VISIBLE_DEVICES={chosen} from the outside.")
 
 

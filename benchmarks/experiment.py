@@ -142,6 +142,8 @@ def _tuned(cfg: RunConfig, path: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 def _fitting(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: loggers.Logger, resume: bool) -> dict[str, Any]:
     """As `_measure`; with train.halve again, from the last checkpoint, with smaller passes while memory does not do."""
+    import torch
+
     while True:
         try:
             return _measure(cfg, path, path, inputs, device, logger, resume)
@@ -152,7 +154,9 @@ def _fitting(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: logg
                 raise
             del explained
         # Outside of the handler: its traceback holds the frames, and these hold what filled the memory.
-        free_memory(device)
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
         keys = ("batch_size", "accumulation", "eval_batch_size")
         was, now = ([getattr(c.train, key) for key in keys] for c in (cfg, smaller))
         changed = [f"train.{key}={new} (was {old})" for key, old, new in zip(keys, was, now, strict=True) if old != new]
@@ -171,15 +175,6 @@ def _halved(cfg: RunConfig, training: bool) -> RunConfig | None:
         return None
     smaller = {"batch_size": size // factor, "accumulation": t.accumulation * factor} if training else {"eval_batch_size": size // factor}
     return dataclasses.replace(cfg, train=dataclasses.replace(t, **smaller))
-
-
-def free_memory(device: str) -> None:
-    """Give back what nothing refers to any more."""
-    import torch
-
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
 
 
 def _measure(

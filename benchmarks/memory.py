@@ -127,9 +127,7 @@ def _peak(model: nn.Module, batch: int, length: int, checkpointing: bool) -> int
 
     model.train()
     if checkpointing:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint(model.get_base_model() if hasattr(model, "get_base_model") else model)
     with FakeTensorMode(), Peak() as peak:
         _materialise(model)
         ids = torch.zeros(batch, length, dtype=torch.long)
@@ -137,6 +135,12 @@ def _peak(model: nn.Module, batch: int, length: int, checkpointing: bool) -> int
         peak.now = peak.most = 0
         step(model, ids)
     return peak.most
+
+
+def checkpoint(base: nn.Module) -> None:
+    """Gradient checkpointing of a transformers model as the Trainer switches it on; by its older name where there is no newer one."""
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def step(model: nn.Module, ids: Tensor) -> None:

@@ -75,3 +75,6 @@ def test_what_is_chosen_already_is_left_alone(gpus):
 def test_too_late_is_said(gpus):
     with pytest.raises(RunError, match="expected CUDA_VISIBLE_DEVICES=0 from the outside"):
         gpus(2, seen=2)
+    assert devices.os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    with pytest.raises(RunError, match="expected CUDA_VISIBLE_DEVICES=0"):
+        devices.take_gpu()  # nor does the next run of a sweep go on

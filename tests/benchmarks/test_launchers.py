@@ -54,7 +54,6 @@ def test_a_failure_in_a_worker_is_seen_and_the_sweep_goes_on(tmp_path):
 
 
 def test_a_sweep_passes_over_what_failed_until_told(tmp_path):
-    """(With retry=true, and a run alone: tests/benchmarks/test_experiment.py.)"""
     words = [word for word in SWEEP if not word.startswith(("method", "seed"))]
     sweep = ["-m", *words, "method=lora", "probe.times=0", "train.max_grad_norm=0", "train.lr=1e30"]
     assert moabench(*sweep, cwd=tmp_path).returncode == 1
@@ -62,6 +61,8 @@ def test_a_sweep_passes_over_what_failed_until_told(tmp_path):
     assert again.returncode == 1 and "failed before and is passed over (RunError:" in again.stderr and "retry=true" in again.stderr
     (failed,) = find(tmp_path / "runs")
     assert read_json(failed / "status.json")["attempt"] == 1
+    assert moabench(*sweep, "retry=true", cwd=tmp_path).returncode == 1
+    assert read_json(failed / "status.json")["attempt"] == 2
 
 
 @pytest.mark.parametrize("name", SHIPPED)

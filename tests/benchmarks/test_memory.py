@@ -22,8 +22,7 @@ def model(name: str, device: str, checkpointing: bool = False) -> torch.nn.Modul
     with torch.device(device):
         base = LlamaForCausalLM(SMALL)
     if checkpointing and device != "meta":
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        memory.checkpoint(base)
     return methods.attach(base, catalog.raw(name)).to(device).train()
 
 

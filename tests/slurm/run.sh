@@ -2,7 +2,7 @@
 # A one-node SLURM on this machine, and runs on it that are preempted or out of time, requeued and resumed. Not part of CI: it installs
 # Debian packages and starts daemons, so it wants root and a container of its own.
 #
-#     PYTHON=.venv/bin/python tests/slurm/run.sh
+#     PYTHON=.venv/bin/python tests/slurm/run.sh      LONG=...: steps of the run that has to outlast its minute, more on a faster machine
 #
 # Needs hydra-submitit-launcher in that Python. Exit code 0: every run finished with the results of an undisturbed sweep.
 set -euo pipefail
