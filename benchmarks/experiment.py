@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import os
 import random
 import shutil
@@ -50,6 +51,8 @@ def run(cfg: RunConfig, again: bool = True) -> Outcome:
     """
     from moabench.benchmarks.model import check_folder
 
+    # Before PEFT imports it: it says there that a faster CPU kernel cannot be had, and in every step that 8-bit products are in half precision.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     check_folder(cfg.model)
     processes.start(cfg)
     with processes.first_alone():  # who keeps the solution for the others

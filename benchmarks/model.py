@@ -23,6 +23,10 @@ def load_model(cfg: ModelConfig, seed: int, device: str) -> tuple[PreTrainedMode
     check_folder(cfg)
     tokenizer = _tokenizer(cfg)
     model = _random(cfg, tokenizer, seed) if cfg.kind == "random" else _pretrained(cfg, device)
+    if cfg.quantize:
+        from moabench.methods.tuner.architecture import keep_layout
+
+        keep_layout(model)  # the frozen base is evaluated before anything is attached
     return (model if cfg.quantize else model.to(device)).eval(), tokenizer
 
 
@@ -86,12 +90,9 @@ def _quantization(cfg: ModelConfig):
         raise ConfigError(
             f"model.quantize={cfg.quantize}: needs the package bitsandbytes, which is not installed; {hint}, or expected null."
         )
-    import logging
-
     import torch
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says in every layer and step that 8-bit products are in half precision
     if cfg.quantize == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     dtype = getattr(torch, cfg.dtype)

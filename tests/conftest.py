@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import moabench  # noqa: F401, I001  first: it takes the checkout's root off the module search path
 import pytest
 import torch
 

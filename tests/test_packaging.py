@@ -17,7 +17,7 @@ def wheel(tmp_path_factory) -> set[str]:
     """Names in a wheel that is built from a copy of the tree, so that nothing is left in it."""
     pytest.importorskip("build", reason="building a wheel needs the package build")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*FOLDERS, "src", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).symlink_to(REPOSITORY / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -108,6 +108,23 @@ def _child(module: nn.Module, names) -> nn.Module | None:
     return next((base_of(getattr(module, n)) for n in names if hasattr(module, n)), None)
 
 
+def keep_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking its 4-bit linears for a CPU with avx512_bf16 in their first evaluation pass.
+
+    Its repacked form (0.50.2) has no gradient to its input, and after a `state_dict()`, which every checkpoint calls, later passes differ
+    or are garbage. Raises ConfigError for a layer that is repacked already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ConfigError(
+                f"{name}: bitsandbytes has repacked this 4-bit layer for this CPU in an evaluation pass, and so it cannot be trained or "
+                "saved exactly; expected a base that is fresh from loading. Load it again, and attach before the first pass."
+            )
+        module.support_avx512bf16_for_cpu = False
+
+
 def is_decoder_layer(module: nn.Module) -> bool:
     """True for a module that holds an attention with a query projection of its own."""
     attention = _child(module, ATTENTION)
@@ -134,8 +151,8 @@ def frozen_linears(places: list[Place]) -> list[nn.Module]:
 def project(
     linears: list[nn.Module], x: Tensor, a: Tensor, heads: Tensor | None, dropped: Tensor | None
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Frozen outputs of `linears`, the projection `A x` [T, R] (of `dropped` where x loses entries in training) and router scores `H x`
-    (or None) of x [T, d].
+    """Frozen outputs of `linears`, ours to write into, the projection `A x` [T, R] (of `dropped` where x loses entries in training) and
+    router scores `H x` (or None) of x [T, d].
 
     Plain nn.Linear layers share one autograd node with the projection; quantised or otherwise special ones run as they are.
     """
@@ -144,7 +161,13 @@ def project(
     ys, s, z = lowrank.linear_shrink(x, frozen, a if dropped is None else a[:0], heads)
     if dropped is not None:
         s = lowrank.shrink(dropped, a)
-    return ys if plain else [m(x) for m in linears], s, z
+    return ys if plain else [owned(m, m(x)) for m in linears], s, z
+
+
+def owned(linear: nn.Module, y: Tensor) -> Tensor:
+    """`y`, what `linear` gave or ended in, as a tensor that may be written into. torch's own linear makes a new one; what another gives
+    may be a view of something, or kept by it."""
+    return y if type(linear) is nn.Linear else y.clone()
 
 
 def drop(x: Tensor, share: float) -> Tensor | None:
@@ -183,8 +206,9 @@ class FeedForward:
         return (ys[0], ys[1]) if len(ys) == 2 else tuple(ys[0][:, p.columns] for p in places), s
 
     def down(self, h: Tensor) -> Tensor:
-        """The frozen down projection of h [T, f]."""
-        return self.places["down"].linear(h)
+        """The frozen down projection of h [T, f], ours to write into."""
+        linear = self.places["down"].linear
+        return owned(linear, linear(h))
 
 
 def keys_values(layer: DecoderLayer, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from .. import catalog
 from ..catalog import Method
 from ..experts.lora import LoRA
 from ..spec import ConfigError
-from .architecture import PEFT_NAMES
+from .architecture import PEFT_NAMES, keep_layout
 
 PEFT_TYPE = "MIXTURE"
 
@@ -92,4 +92,5 @@ def attach(model: nn.Module, data: Mapping[str, Any]) -> nn.Module:
     method = catalog.parse(data)
     if method.tuner in ("full", "none"):
         return model.requires_grad_(method.tuner == "full")
+    keep_layout(model)  # PEFT's own tuners do not
     return get_peft_model(model, peft_config(dict(data)))

@@ -25,7 +25,7 @@ from ..recorder import Context
 from ..router import FactRouter, LinearRouter, Router, decide
 from ..routing import Routing
 from ..spec import ConfigError
-from .architecture import DecoderLayer, FeedForward, base_of, drop, keys_values, project
+from .architecture import DecoderLayer, FeedForward, base_of, drop, keys_values, owned, project
 from .plan import Group, Plan, Term, tensor_name
 
 
@@ -262,7 +262,7 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             elif mixture.routed:
                 routing = bank_routing(self.live.routings[mixture.name], mixture, name, bank)
             if y is None and not bank.replaces:
-                y = block(x).flatten(0, -2)
+                y = owned(self.layer.places["down"].linear, block(x).flatten(0, -2))  # a block ends in its down projection
             y = bank.forward(self.tensor(mixture, name, "ffn"), flat, y, FeedForward(self.layer), routing, self.training)
         return y.unflatten(0, x.shape[:-1])
 

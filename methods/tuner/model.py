@@ -13,7 +13,7 @@ from ..recorder import Context
 from ..router import FactRouter, Router
 from ..spec import ConfigError
 from . import attention
-from .architecture import DecoderLayer, decoder_layers
+from .architecture import DecoderLayer, decoder_layers, keep_layout
 from .config import PEFT_TYPE, MixtureConfig
 from .layer import MixtureLayer
 from .plan import Plan
@@ -49,6 +49,7 @@ class MixtureModel(BaseTuner):
 
     def _prepare_model(self, peft_config: MixtureConfig, model: nn.Module) -> None:
         self._layers = decoder_layers(model)
+        keep_layout(model)
         shape = {"layers": len(self._layers), "hidden_size": next(iter(self._described(model).values())).width}
         wrong = {k: v for k, v in peft_config.base.items() if k in shape and shape[k] != v}
         if wrong:

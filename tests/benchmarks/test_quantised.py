@@ -16,6 +16,7 @@ from moabench.benchmarks.memory import NF4_BYTES
 from moabench.benchmarks.model import load_model
 from moabench.benchmarks.runs import find
 from moabench.methods import catalog
+from moabench.methods.spec import ConfigError
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -50,8 +51,18 @@ def results(net: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {"logits": logits.detach()} | {key: p.grad for key, p in trained.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["lora", "molora", "moe_lora_topk", "hydralora", "adamole", "mixlora", "moa_soft", "moa_sparse"])
-def test_a_method_on_a_packed_base_is_that_on_its_weights(name, unpacked):
+@pytest.fixture
+def repacking(monkeypatch):
+    """bitsandbytes as on a CPU with avx512_bf16: it repacks a 4-bit linear in the first evaluation pass of a layer whose input needs no
+    gradient, and runs it from then on by a kernel without one. Here that kernel meets weights that it cannot read."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+
+
+METHODS = ["lora", "molora", "moe_lora_topk", "hydralora", "adamole", "mixlora", "moa_soft", "moa_sparse"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_on_a_packed_base_is_that_on_its_weights(name, unpacked, repacking):
     plain = base(None)
     plain.load_state_dict(unpacked)
     want, got = results(plain, name), results(base(4), name)
@@ -60,6 +71,42 @@ def test_a_method_on_a_packed_base_is_that_on_its_weights(name, unpacked):
         torch.testing.assert_close(
             got[key], tensor, rtol=1e-3, atol=1e-4 * float(tensor.abs().max() + 1e-12), msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+def test_a_packed_base_stays_what_it_is(repacking, tmp_path):
+    """Evaluated, checkpointed, evaluated, saved with its adapter and loaded again: the same logits, bit for bit, and a gradient each time."""
+    net, ids = base(4), torch.randint(2000, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        frozen = net(input_ids=ids).logits
+    net.state_dict()
+    net = methods.attach(net, catalog.raw("molora"))
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if p.requires_grad and name.endswith("__B"):
+                p.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+        with net.disable_adapter():
+            assert torch.equal(net(input_ids=ids).logits, frozen)
+        trained = net(input_ids=ids).logits
+        net.state_dict()
+        assert torch.equal(net(input_ids=ids).logits, trained) and not torch.equal(trained, frozen)
+    net(input_ids=ids).logits.square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+    net.save_pretrained(str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(load_adapter(base(4), tmp_path)(input_ids=ids).logits, trained)
+
+
+def test_a_repacked_base_is_refused(repacking):
+    """One that the user's own code has evaluated before attaching."""
+    net = base(4)
+    for module in net.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = True  # as without load_model
+    linear = net.model.layers[1].self_attn.q_proj
+    linear.weight.data, linear.weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(linear.weight.data, linear.weight.quant_state)
+    for method in ("molora", "lora"):
+        with pytest.raises(ConfigError, match=r"layers\.1\.self_attn\.q_proj: bitsandbytes has repacked.*Load it again"):
+            methods.attach(net, catalog.raw(method))
 
 
 def test_a_weight_takes_what_the_estimate_says():
