@@ -51,7 +51,8 @@ def run(cfg: RunConfig, again: bool = True) -> Outcome:
     """
     from moabench.benchmarks.model import check_folder
 
-    # Before PEFT imports it: it says there that a faster CPU kernel cannot be had, and in every step that 8-bit products are in half precision.
+    # Before PEFT imports it: it says there that a faster CPU kernel cannot be had, and later, in every step,
+    # that 8-bit products are in half precision.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     check_folder(cfg.model)
     processes.start(cfg)
