@@ -1,4 +1,5 @@
-"""`python run.py method=moa_sparse task=arc`: train one method on one task and evaluate it. `--help` lists the choices."""
+"""`python run.py method=moa_sparse task=arc`: train one method on one task and evaluate it. `--help` lists
+the choices."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """What runs mean: measures as pure functions, run folders as tidy tables, statistics, plots, reports.
 
-`moabench.analysis.load("runs/")` reads every run folder of a folder. Names are imported when they are first used (PEP 562), so that
-importing this package costs nothing.
+`moabench.analysis.load("runs/")` reads every run folder of a folder. Names are imported when they are first
+used (PEP 562), so that importing this package costs nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-PUBLIC = {"load": "reading", "Study": "reading", "problems": "comparing", "leaderboard": "tables", "figures": "plots", "report": "report"}
+PUBLIC = {
+    "load": "reading",
+    "Study": "reading",
+    "problems": "comparing",
+    "leaderboard": "tables",
+    "figures": "plots",
+    "report": "report",
+}
 """Public name -> the module that defines it."""
 
 __all__ = ["Study", "figures", "leaderboard", "load", "problems", "report"]

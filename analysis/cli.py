@@ -40,7 +40,9 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m moabench.analysis", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(metavar="{" + ",".join(WHAT) + "}", required=True, parser_class=_Parser)
-    table = _command(commands, "table", _table, "leaderboard: accuracy with intervals, cost, the five measures, remarks")
+    table = _command(
+        commands, "table", _table, "leaderboard: accuracy with intervals, cost, the five measures, remarks"
+    )
     _printing(table)
     table.add_argument("--sort", metavar="COLUMN", help="order of the rows (default: mean accuracy)")
     table.add_argument("--comparisons", action="store_true", help="also every pair of entries with its test")
@@ -51,16 +53,31 @@ def _parser() -> argparse.ArgumentParser:
     published = _command(commands, "published", _published, "published results beside ours")
     _printing(published)
     published.add_argument(
-        "--results", required=True, metavar="CSV", help="published results, one a row (columns: moabench.analysis.published)"
+        "--results",
+        required=True,
+        metavar="CSV",
+        help="published results, one a row (columns: moabench.analysis.published)",
     )
-    published.add_argument("--name", action="append", default=[], metavar="THEIRS=OURS", help="a method that the paper calls otherwise")
     published.add_argument(
-        "--across", action="append", default=[], metavar="WHAT", help="join although this differs: 'base model', 'protocol'"
+        "--name",
+        action="append",
+        default=[],
+        metavar="THEIRS=OURS",
+        help="a method that the paper calls otherwise",
+    )
+    published.add_argument(
+        "--across",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="join although this differs: 'base model', 'protocol'",
     )
     plots = _command(commands, "plots", _plots, "every plot, as files")
     plots.add_argument("-o", "--out", default="plots", metavar="FOLDER", help="(default: plots)")
     plots.add_argument("--format", default="pdf", choices=("pdf", "png", "svg"), help="(default: pdf)")
-    plots.add_argument("--text", help="also which expert acts on which token of this text, by a run of each mixture")
+    plots.add_argument(
+        "--text", help="also which expert acts on which token of this text, by a run of each mixture"
+    )
     report = _command(commands, "report", _report, "one self-contained HTML file")
     report.add_argument("-o", "--out", default="report.html", metavar="FILE", help="(default: report.html)")
     report.add_argument("--results", metavar="CSV", help="published results to show beside ours")
@@ -70,16 +87,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, do: Callable, about: str) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction, name: str, do: Callable, about: str
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=about, description=about)
     parser.set_defaults(do=do)
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of run folders, or run folders")
-    parser.add_argument("--where", metavar="QUERY", help="only runs for which this holds: 'method == \"lora\" and `train.steps` > 100'")
+    parser.add_argument(
+        "--where",
+        metavar="QUERY",
+        help="only runs for which this holds: 'method == \"lora\" and `train.steps` > 100'",
+    )
     return parser
 
 
 def _printing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", default="terminal", help="terminal, markdown, latex or csv (default: terminal)")
+    parser.add_argument(
+        "--format", default="terminal", help="terminal, markdown, latex or csv (default: terminal)"
+    )
     parser.add_argument("-o", "--out", metavar="FILE", help="write to a file instead of the terminal")
 
 
@@ -89,7 +114,11 @@ def _study(given: argparse.Namespace):
     study = load(*given.runs)
     study = study.where(given.where) if given.where else study
     if study.runs.empty:
-        raise ConfigError(f"where={given.where!r}: no run is left." if given.where else "no run could be read: " + "; ".join(study.notes()))
+        raise ConfigError(
+            f"where={given.where!r}: no run is left."
+            if given.where
+            else "no run could be read: " + "; ".join(study.notes())
+        )
     return study
 
 
@@ -136,10 +165,9 @@ def _commands(found: list) -> str:
     lines = []
     for problem in found:
         for entry in problem.finished:
-            lines += [
-                f"{entry.label}:",
-                f"  {command(entry.config, entry.runs['seed']) or 'no command of this version composes its config.yaml'}",
-            ]
+            known = command(entry.config, entry.runs["seed"])
+            none = "no command of this version composes its config.yaml"
+            lines += [f"{entry.label}:", f"  {known or none}"]
     return "\n" + "\n".join(lines) + "\n"
 
 
@@ -147,9 +175,15 @@ def _ablation(given: argparse.Namespace) -> None:
     from .tables import ablation
 
     study = _study(given)
-    found = [problem for problem in _problems(study) if any(given.control in (e.label, e.method) for e in problem.entries)]
+    found = [
+        problem
+        for problem in _problems(study)
+        if any(given.control in (e.label, e.method) for e in problem.entries)
+    ]
     if not found:
-        labels = {name for problem in _problems(study) for e in problem.entries for name in (e.label, e.method)}
+        labels = {
+            name for problem in _problems(study) for e in problem.entries for name in (e.label, e.method)
+        }
         raise ConfigError(f"control={given.control!r}: no such entry.{nearest(given.control, labels)}")
     _show(given, [ablation(problem, problem.entry(given.control)) for problem in found], study)
 
@@ -164,7 +198,11 @@ def _published(given: argparse.Namespace) -> None:
             raise ConfigError(f"name={pair!r}: expected THEIRS=OURS, as 'MoE-LoRA top-2=moe_lora_topk'.")
         names[theirs] = ours
     results, study = read(given.results), _study(given)
-    _show(given, [published(problem, results, names, tuple(given.across)) for problem in _problems(study)], study)
+    _show(
+        given,
+        [published(problem, results, names, tuple(given.across)) for problem in _problems(study)],
+        study,
+    )
 
 
 def _plots(given: argparse.Namespace) -> None:

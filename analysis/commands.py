@@ -15,13 +15,15 @@ from moabench.methods.spec import ConfigError
 from .reading import flat
 
 CHOICES = ("method", "model", "data", "mix")
-"""Groups that a config names itself; which file of `train` was used it does not say, so that with the fewest changes is taken."""
+"""Groups that a config names itself; which file of `train` was used it does not say, so that with the fewest
+changes is taken."""
 
 
 def command(config: Mapping[str, Any], seeds: Iterable[int] = ()) -> str | None:
     """`python run.py ...` that composes this config again, with `-m seed=0,1` for several seeds.
 
-    None where no command does: a method or key that this version does not have (a method of a notebook, an older run).
+    None where no command does: a method or key that this version does not have (a method of a notebook, an
+    older run).
     """
     try:
         words = _words(config)
@@ -31,13 +33,21 @@ def command(config: Mapping[str, Any], seeds: Iterable[int] = ()) -> str | None:
         return None
     seeds = sorted({int(seed) for seed in seeds})
     if len(seeds) > 1:
-        words = ["-m", *(word for word in words if not word.startswith("seed=")), f"seed={','.join(map(str, seeds))}"]
+        words = [
+            "-m",
+            *(word for word in words if not word.startswith("seed=")),
+            f"seed={','.join(map(str, seeds))}",
+        ]
     return " ".join(["python run.py", *map(shlex.quote, words)])
 
 
 def _words(config: Mapping[str, Any]) -> list[str]:
     """Choices of groups, then every key that differs from what they compose."""
-    words = [f"{group}={_named(config, group)}" for group in CHOICES if group in config and _named(config, group) in groups()[group]]
+    words = [
+        f"{group}={_named(config, group)}"
+        for group in CHOICES
+        if group in config and _named(config, group) in groups()[group]
+    ]
     if _named(config, "model") not in groups()["model"]:
         words.append(f"model.path={_typed(config['model'].get('path'))}")
     if config["data"].get("root") is not None:  # without it `data=local` composes nothing
@@ -45,17 +55,22 @@ def _words(config: Mapping[str, Any]) -> list[str]:
     task = config["task"]["name"].split("+")
     words += [f"task={task[0] if len(task) == 1 else _typed(task)}", f"train={_recipe(config['train'])}"]
     wanted, there = (_flat(_result(data, config)) for data in (config, _composed(tuple(words))))
-    changed = [f"{key}={_typed(value)}" for key, value in wanted.items() if key not in there or there[key] != value]
+    changed = [
+        f"{key}={_typed(value)}" for key, value in wanted.items() if key not in there or there[key] != value
+    ]
     defaults = {f"{key}={value}" for key, value in _defaults().items()}
     return [word for word in words if word not in defaults or word.startswith(("method=", "task="))] + changed
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """By dotted keys; what differs by layer is one value, since its keys ('0-3+6') are no words of a dotted key."""
+    """By dotted keys; what differs by layer is one value, since its keys ('0-3+6') are no words of a dotted
+    key."""
     layers = (config.get("method") or {}).get("layers")
     if not layers:
         return flat(config)
-    return flat({**config, "method": {k: v for k, v in config["method"].items() if k != "layers"}}) | {"method.layers": layers}
+    return flat({**config, "method": {k: v for k, v in config["method"].items() if k != "layers"}}) | {
+        "method.layers": layers
+    }
 
 
 def _recipe(train: Mapping[str, Any]) -> str:
@@ -73,7 +88,8 @@ def _named(config: Mapping[str, Any], group: str) -> str:
 
 
 def _result(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that the result depends on, of the sections and keys that `like` has: an older run lacks some.
+    """The part of a config that the result depends on, of the sections and keys that `like` has: an older run
+    lacks some.
 
     `method.about` is prose, and a task is said by its name.
     """
@@ -82,7 +98,9 @@ def _result(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
         if section not in like or (section in NOT_IN_HASH and NOT_IN_HASH[section] is None):
             continue
         if isinstance(value, Mapping):
-            left_out = NOT_IN_HASH.get(section) or ({"about"} if section == "method" else {"eval"} if section == "task" else set())
+            left_out = NOT_IN_HASH.get(section) or (
+                {"about"} if section == "method" else {"eval"} if section == "task" else set()
+            )
             value = {key: part for key, part in value.items() if key not in left_out and key in like[section]}
         kept[section] = value
     return json.loads(json.dumps(kept))
@@ -90,7 +108,8 @@ def _result(config: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
 
 @functools.lru_cache(maxsize=256)
 def _composed(words: tuple[str, ...]) -> dict[str, Any]:
-    """The config that a command line composes, as config.yaml has it. Raises ConfigError for one that composes none."""
+    """The config that a command line composes, as config.yaml has it. Raises ConfigError for one that
+    composes none."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

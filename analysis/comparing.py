@@ -1,8 +1,9 @@
 """Which runs may be compared, and what the comparison says.
 
-A *problem* is what was to be solved: base model, tasks, test questions, protocol. An *entry* is one way to solve it: runs that differ
-in nothing but the seed. Entries of a problem stand in one table; where they differ in more than the method (training recipe, data,
-trainable parameters, machine, code), `remarks` says so, since a comparison at unequal terms is none.
+A *problem* is what was to be solved: base model, tasks, test questions, protocol. An *entry* is one way to
+solve it: runs that differ in nothing but the seed. Entries of a problem stand in one table; where they differ
+in more than the method (training recipe, data, trainable parameters, machine, code), `remarks` says so, since
+a comparison at unequal terms is none.
 """
 
 from __future__ import annotations
@@ -25,9 +26,18 @@ from .reading import Study, flat
 from .statistics import LEVEL, POWER, Comparison, compare, holm
 
 PROBLEM = ("model", "task", "data", "protocol")
-"""Sections of the config that say what is to be solved, but for how much there is to train on (`data.train_limit`)."""
+"""Sections of the config that say what is to be solved, but for how much there is to train on
+(`data.train_limit`)."""
 
-NOT_COMPARED = {"seed", "method.about", "method.paper", "device", "forgetting", "probe", *(k for k, v in NOT_IN_HASH.items() if v is None)}
+NOT_COMPARED = {
+    "seed",
+    "method.about",
+    "method.paper",
+    "device",
+    "forgetting",
+    "probe",
+    *(k for k, v in NOT_IN_HASH.items() if v is None),
+}
 """Keys and sections that make no other entry."""
 
 BUDGET_TOLERANCE = 0.1
@@ -38,7 +48,8 @@ Setting = dict[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """Runs that differ in nothing but the seed. `setting`: config keys that it may differ from others in, without those of the problem."""
+    """Runs that differ in nothing but the seed. `setting`: config keys that it may differ from others in,
+    without those of the problem."""
 
     label: str
     method: str
@@ -54,11 +65,18 @@ class Entry:
     @property
     def seedless(self) -> bool:
         """Nothing of it depends on the seed: the frozen base."""
-        return self.setting.get("method.tuner") == "none" and self.config.get("model", {}).get("kind") != "random"
+        return (
+            self.setting.get("method.tuner") == "none"
+            and self.config.get("model", {}).get("kind") != "random"
+        )
 
     def mean(self, column: str) -> float:
         """Mean of a column over finished runs, NaN where none has it."""
-        values = pd.to_numeric(self.finished[column], errors="coerce") if column in self.finished else pd.Series(dtype=float)
+        values = (
+            pd.to_numeric(self.finished[column], errors="coerce")
+            if column in self.finished
+            else pd.Series(dtype=float)
+        )
         return float(values.mean())
 
 
@@ -81,8 +99,16 @@ class Pair:
     def verdict(self) -> str:
         """The result in three or four words."""
         if self.found.about == "models":
-            return "models differ (one seed)" if self.found.p < 1 - LEVEL else "models: no difference shown (one seed)"
-        return f"{(self.a if self.found.difference.value > 0 else self.b).label} is better" if self.shown else "no difference shown"
+            return (
+                "models differ (one seed)"
+                if self.found.p < 1 - LEVEL
+                else "models: no difference shown (one seed)"
+            )
+        return (
+            f"{(self.a if self.found.difference.value > 0 else self.b).label} is better"
+            if self.shown
+            else "no difference shown"
+        )
 
     def words(self) -> str:
         """The result as a sentence that says no more than the test does."""
@@ -90,16 +116,24 @@ class Pair:
         a, b = (self.a.label, self.b.label) if value >= 0 else (self.b.label, self.a.label)
         ends = (low, high) if value >= 0 else (-high, -low)
         interval = f"{abs(value):.1f} points, {100 * LEVEL:.0f} % interval {ends[0]:.1f} to {ends[1]:.1f}"
-        design = f"n = {self.found.seeds[0]} and {self.found.seeds[1]} seeds, {self.found.questions:,} questions"
+        design = (
+            f"n = {self.found.seeds[0]} and {self.found.seeds[1]} seeds, {self.found.questions:,} questions"
+        )
         if self.found.about == "models":
             verb = "differ" if self.found.p < 1 - LEVEL else "show no difference"
             tested = f"{interval}; p = {number(self.found.p)} over {self.found.questions:,} questions"
-            return f"One seed: the two trained models {a} and {b} {verb} ({tested}); nothing is shown about the methods."
+            return (
+                f"One seed: the two trained models {a} and {b} {verb} ({tested}); nothing is shown "
+                "about the methods."
+            )
         among = f", Holm over {self.family}" if self.family > 1 else ""
         if self.shown:
             return f"{a} is better than {b} by {interval} (p = {number(self.p_holm)}{among}; {design})."
         missed = f"this design finds {100 * self.found.detectable:.1f} points in {100 * POWER:.0f} % of cases"
-        return f"No difference shown between {a} and {b} at {design} ({interval}; p = {number(self.p_holm)}{among}; {missed})."
+        return (
+            f"No difference shown between {a} and {b} at {design} ({interval}; p = "
+            f"{number(self.p_holm)}{among}; {missed})."
+        )
 
 
 @dataclass(frozen=True)
@@ -111,24 +145,34 @@ class Problem:
     study: Study
 
     def entry(self, name: str, key: str = "control") -> Entry:
-        """The entry of that label, or the only one of that method. Raises ConfigError with the nearest name."""
+        """The entry of that label, or the only one of that method. Raises ConfigError with the nearest
+        name."""
         found = [e for e in self.entries if e.label == name] or [e for e in self.entries if e.method == name]
         if len(found) == 1:
             return found[0]
         labels = [e.label for e in self.entries]
-        why = f"{len(found)} entries are of this method ({'; '.join(e.label for e in found)})" if found else "no such entry"
+        why = (
+            f"{len(found)} entries are of this method ({'; '.join(e.label for e in found)})"
+            if found
+            else "no such entry"
+        )
         raise ConfigError(f"{key}={name!r}: {why}.{nearest(name, labels)}")
 
     @property
     def finished(self) -> list[Entry]:
         """Entries with results, the most accurate first."""
-        return sorted((e for e in self.entries if not e.finished.empty), key=lambda e: -np.nan_to_num(e.mean("accuracy"), nan=-1))
+        return sorted(
+            (e for e in self.entries if not e.finished.empty),
+            key=lambda e: -np.nan_to_num(e.mean("accuracy"), nan=-1),
+        )
 
     @property
     def titles(self) -> list[str]:
         """The tasks that every finished run reports, as `arc_easy@builtin:loglikelihood`."""
         columns = [c for c in self.study.finished if c.startswith("eval/") and c.endswith("/acc")]
-        rows = pd.concat([e.finished for e in self.finished]) if self.finished else self.study.finished.iloc[:0]
+        rows = (
+            pd.concat([e.finished for e in self.finished]) if self.finished else self.study.finished.iloc[:0]
+        )
         return [c.split("/")[1] for c in columns if len(rows) and rows[c].notna().all()]
 
     @cached_property
@@ -138,13 +182,22 @@ class Problem:
         samples = self.study.samples
         if samples.empty:
             return pd.DataFrame()
-        samples = samples.loc[samples["run"].isin(runs), [c for c in ("run", "task", "doc_id", "context", "correct") if c in samples]]
-        passage = samples["context"] if "context" in samples else pd.Series(None, index=samples.index, dtype=object)
+        samples = samples.loc[
+            samples["run"].isin(runs),
+            [c for c in ("run", "task", "doc_id", "context", "correct") if c in samples],
+        ]
+        passage = (
+            samples["context"] if "context" in samples else pd.Series(None, index=samples.index, dtype=object)
+        )
         named = samples["doc_id"].astype(str)
         samples = samples.assign(passage=passage.where(passage.notna(), named), doc_id=named)
         samples["number"] = samples.groupby(["run", "task", "doc_id"]).cumcount()
         keys = ["task", "passage", "doc_id", "number"]
-        return samples.assign(correct=samples["correct"].astype(float)).set_index(["run", *keys])["correct"].unstack(keys)
+        return (
+            samples.assign(correct=samples["correct"].astype(float))
+            .set_index(["run", *keys])["correct"]
+            .unstack(keys)
+        )
 
     def answers(self, entry: Entry) -> pd.DataFrame:
         """[seeds, questions] of an entry; runs without samples.parquet are left out."""
@@ -164,22 +217,35 @@ class Problem:
         return compare(left.loc[:, asked], right.loc[:, asked], task, passage, fixed=(a.seedless, b.seedless))
 
     def pairs(self, control: Entry | None = None, others: Iterable[Entry] | None = None) -> list[Pair]:
-        """All pairs of finished entries, or each of `others` minus the control, with p adjusted by Holm over all of them."""
+        """All pairs of finished entries, or each of `others` minus the control, with p adjusted by Holm over
+        all of them."""
         entries = self.finished if others is None else [e for e in others if not e.finished.empty]
-        wanted = itertools.combinations(entries, 2) if control is None else ((e, control) for e in entries if e is not control)
+        wanted = (
+            itertools.combinations(entries, 2)
+            if control is None
+            else ((e, control) for e in entries if e is not control)
+        )
         found = [(a, b, result) for a, b in wanted if (result := self.compare(a, b)) is not None]
         tested = [result.p if result.about == "methods" else math.nan for *_, result in found]
         family = sum(not math.isnan(p) for p in tested)
-        return [Pair(a, b, result, float(p), family) for (a, b, result), p in zip(found, holm(tested), strict=True)]
+        return [
+            Pair(a, b, result, float(p), family)
+            for (a, b, result), p in zip(found, holm(tested), strict=True)
+        ]
 
     def reference(self) -> Entry | None:
-        """The entry whose terms others are held against: plain LoRA if it is there, else the best that trains."""
+        """The entry whose terms others are held against: plain LoRA if it is there, else the best that
+        trains."""
         trained = [e for e in self.finished if e.setting.get("method.tuner") != "none"]
         return next((e for e in trained if e.method == "lora"), trained[0] if trained else None)
 
     def remarks(self, entry: Entry, reference: Entry | None = None) -> list[str]:
-        """Why the row cannot be compared as it stands: failures, fewer seeds, unequal parameters, recipe, machine or code."""
-        return [*_states(entry, max(len(e.finished) for e in self.entries)), *self._unequal(entry, reference or self.reference())]
+        """Why the row cannot be compared as it stands: failures, fewer seeds, unequal parameters, recipe,
+        machine or code."""
+        return [
+            *_states(entry, max(len(e.finished) for e in self.entries)),
+            *self._unequal(entry, reference or self.reference()),
+        ]
 
     def _unequal(self, entry: Entry, reference: Entry | None) -> list[str]:
         usual, found = self._usual, []
@@ -189,12 +255,20 @@ class Problem:
         if abs(ratio - 1) > BUDGET_TOLERANCE:
             found.append(f"{ratio:.2g} x the parameters of {reference.label}")
         terms = {key for key in (*entry.setting, *usual) if not key.startswith("method")}
-        found += [f"{key}={plain(entry.setting.get(key))}" for key in sorted(terms) if entry.setting.get(key) != usual.get(key)]
+        found += [
+            f"{key}={plain(entry.setting.get(key))}"
+            for key in sorted(terms)
+            if entry.setting.get(key) != usual.get(key)
+        ]
         for column, what in CONDITIONS.items():
-            if column in entry.finished and not set(entry.finished[column].dropna()) <= set(reference.finished[column].dropna()):
+            if column in entry.finished and not set(entry.finished[column].dropna()) <= set(
+                reference.finished[column].dropna()
+            ):
                 found.append(f"other {what} than {reference.label}")
         dirty = entry.finished.get("environment.code.dirty")
-        return [*found, "code with uncommitted changes"] if dirty is not None and dirty.eq(True).any() else found
+        return (
+            [*found, "code with uncommitted changes"] if dirty is not None and dirty.eq(True).any() else found
+        )
 
     @cached_property
     def _usual(self) -> Setting:
@@ -218,10 +292,16 @@ def problems(study: Study) -> list[Problem]:
     """Every problem in the study, the one with most runs first."""
     found: dict[tuple, list[int]] = {}
     settings = [_settings(study.configs[run]) for run in study.runs["run"]]
-    prints = study.runs[[c for c in study.runs if c.startswith(("environment.inputs.evaluation", "environment.inputs.model"))]].to_numpy()
+    prints = study.runs[
+        [c for c in study.runs if c.startswith(("environment.inputs.evaluation", "environment.inputs.model"))]
+    ].to_numpy()
     for i, (problem, _) in enumerate(settings):
         found.setdefault((tuple(sorted(problem.items())),), []).append(i)
-    found = {(*key, fingerprint): rows for key, all_rows in found.items() for fingerprint, rows in _by_print(all_rows, prints)}
+    found = {
+        (*key, fingerprint): rows
+        for key, all_rows in found.items()
+        for fingerprint, rows in _by_print(all_rows, prints)
+    }
     names = _names([dict(key) for key, _ in found])
     made = [
         Problem(name, tuple(_entries(study, [(i, settings[i][1]) for i in rows])), study)
@@ -237,7 +317,13 @@ def number(p: float) -> str:
 
 def plain(value: Any) -> str:
     """A config value as on the command line."""
-    return "null" if value is None else f"[{','.join(map(plain, value))}]" if isinstance(value, tuple) else f"{value}"
+    return (
+        "null"
+        if value is None
+        else f"[{','.join(map(plain, value))}]"
+        if isinstance(value, tuple)
+        else f"{value}"
+    )
 
 
 def differences(settings: Sequence[Setting]) -> list[str]:
@@ -247,16 +333,28 @@ def differences(settings: Sequence[Setting]) -> list[str]:
 
 
 def _settings(config: Mapping[str, Any]) -> tuple[Setting, Setting]:
-    """What is to be solved, and how, as (problem, entry): keys whose value is null are left out, so that they equal absent ones."""
-    kept = {k: v for k, v in flat(config).items() if v is not None and k not in NOT_COMPARED and k.partition(".")[0] not in NOT_COMPARED}
+    """What is to be solved, and how, as (problem, entry): keys whose value is null are left out, so that they
+    equal absent ones."""
+    kept = {
+        k: v
+        for k, v in flat(config).items()
+        if v is not None and k not in NOT_COMPARED and k.partition(".")[0] not in NOT_COMPARED
+    }
     for section, keys in NOT_IN_HASH.items():
-        kept = {k: v for k, v in kept.items() if not (keys and k.partition(".")[0] == section and k.partition(".")[2] in keys)}
+        kept = {
+            k: v
+            for k, v in kept.items()
+            if not (keys and k.partition(".")[0] == section and k.partition(".")[2] in keys)
+        }
     of_problem = {k for k in kept if k.partition(".")[0] in PROBLEM and k != "data.train_limit"}
-    return {k: v for k, v in kept.items() if k in of_problem}, {k: v for k, v in kept.items() if k not in of_problem}
+    return {k: v for k, v in kept.items() if k in of_problem}, {
+        k: v for k, v in kept.items() if k not in of_problem
+    }
 
 
 def _by_print(rows: list[int], prints: np.ndarray) -> list[tuple[str, list[int]]]:
-    """Rows with the same test questions and weights; runs that failed before these were known go with the first."""
+    """Rows with the same test questions and weights; runs that failed before these were known go with the
+    first."""
     found: dict[str, list[int]] = {}
     unknown = [i for i in rows if pd.isna(prints[i]).all()]
     for i in (i for i in rows if i not in unknown):
@@ -267,14 +365,20 @@ def _by_print(rows: list[int], prints: np.ndarray) -> list[tuple[str, list[int]]
 
 
 def _names(settings: Sequence[Setting]) -> list[str]:
-    """Task, model, data and protocol of each problem, and what else it differs in; numbered where only questions or weights differ."""
-    shown = [key for key in differences(settings) if key not in ("task.name", "model.name", "data.source", "protocol", "task.eval")]
+    """Task, model, data and protocol of each problem, and what else it differs in; numbered where only
+    questions or weights differ."""
+    shown = [
+        key
+        for key in differences(settings)
+        if key not in ("task.name", "model.name", "data.source", "protocol", "task.eval")
+    ]
     names = []
     for setting in settings:
         more = "".join(f", {key}={plain(setting.get(key))}" for key in shown)
         protocol = "" if setting.get("protocol", "native") == "native" else f":{setting['protocol']}"
         names.append(
-            f"{setting.get('task.name', '?')}@{setting.get('data.source', '?')}{protocol} on {setting.get('model.name', '?')}{more}"
+            f"{setting.get('task.name', '?')}@{setting.get('data.source', '?')}{protocol} on "
+            f"{setting.get('model.name', '?')}{more}"
         )
     counts = Counter(names)
     seen: Counter = Counter()

@@ -1,9 +1,10 @@
 """Collapse of experts: whether experts that are counted as several compute one thing.
 
-Pure functions. `outputs` [E, n, k] are what E experts add for n tokens, all experts on the same tokens, those not selected too, before
-weighting; k is the width d, or any isometric coordinates (`rank_coordinates`: cosines, CKA, ranks and norms do not change). Low-rank
-experts of one linear are `a` [R, d_in], `b` [d_out, R] and `owner` [R], the expert of each rank row, with the scale in `b`.
-Small sums are taken in fp64. What is undefined (no output, one expert) is NaN.
+Pure functions. `outputs` [E, n, k] are what E experts add for n tokens, all experts on the same tokens, those
+not selected too, before weighting; k is the width d, or any isometric coordinates (`rank_coordinates`:
+cosines, CKA, ranks and norms do not change). Low-rank experts of one linear are `a` [R, d_in], `b` [d_out, R]
+and `owner` [R], the expert of each rank row, with the scale in `b`. Small sums are taken in fp64. What is
+undefined (no output, one expert) is NaN.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ ZERO = 1e-8
 
 
 def rank_coordinates(p: Tensor, b: Tensor) -> Tensor:
-    """Outputs [E, n, min(R, d)] of low-rank experts, `O_e = P_e B^T`, in an orthonormal basis of the columns of B [d, R].
+    """Outputs [E, n, min(R, d)] of low-rank experts, `O_e = P_e B^T`, in an orthonormal basis of the columns
+    of B [d, R].
 
-    p [E, n, R]: rank-side outputs, for LoRA x A^T where the expert owns the rank row and 0 elsewhere. With B = Q C, `O_e Q = P_e C^T`:
-    O(n R^2) an expert, no n x d tensor.
+    p [E, n, R]: rank-side outputs, for LoRA x A^T where the expert owns the rank row and 0 elsewhere. With B
+    = Q C, `O_e Q = P_e C^T`: O(n R^2) an expert, no n x d tensor.
     """
     return p.double() @ torch.linalg.qr(b.double()).R.T
 
@@ -38,7 +40,8 @@ def norms(outputs: Tensor) -> Tensor:
 
 
 def output_cosine(outputs: Tensor) -> Tensor:
-    """`mean_t cos(o_ti, o_tj)` [E, E], -1 .. 1, over the tokens where both are no zero (norm >= 1e-8); NaN without such tokens."""
+    """`mean_t cos(o_ti, o_tj)` [E, E], -1 .. 1, over the tokens where both are no zero (norm >= 1e-8); NaN
+    without such tokens."""
     size = norms(outputs)  # [n, E]
     there = (size >= ZERO).double()
     unit = outputs.double() / size.T.unsqueeze(-1).clamp_min(ZERO) * there.T.unsqueeze(-1)
@@ -52,11 +55,13 @@ def zero_share(outputs: Tensor) -> Tensor:
 
 
 def cka(outputs: Tensor, debiased: bool = True) -> Tensor:
-    """Linear CKA of every pair [E, E]: `HSIC(K_i, K_j) / sqrt(HSIC(K_i, K_i) HSIC(K_j, K_j))`, K_i = O_i O_i^T. arXiv 1905.00414.
+    """Linear CKA of every pair [E, E]: `HSIC(K_i, K_j) / sqrt(HSIC(K_i, K_i) HSIC(K_j, K_j))`, K_i = O_i
+    O_i^T. arXiv 1905.00414.
 
-    0 .. 1, invariant to rotation and scale of either. Plain: `|O_j^T O_i|_F^2 / (|O_i^T O_i|_F |O_j^T O_j|_F)` of centred outputs, biased
-    upwards unless n is much larger than the width. Debiased: HSIC by its unbiased estimator (Song et al. 2012; as here in arXiv
-    2010.15327), which may fall a little below 0; needs n > 3.
+    0 .. 1, invariant to rotation and scale of either. Plain: `|O_j^T O_i|_F^2 / (|O_i^T O_i|_F |O_j^T
+    O_j|_F)` of centred outputs, biased upwards unless n is much larger than the width. Debiased: HSIC by its
+    unbiased estimator (Song et al. 2012; as here in arXiv 2010.15327), which may fall a little below 0; needs
+    n > 3.
     """
     x = outputs - outputs.mean(1, keepdim=True)
     n, inner = x.shape[1], _gram_products(x)
@@ -67,14 +72,20 @@ def cka(outputs: Tensor, debiased: bool = True) -> Tensor:
         diagonal = x.square().sum(-1)  # [E, n]
         rows = (x @ x.sum(1).unsqueeze(-1)).squeeze(-1) - diagonal  # row sums of K with an empty diagonal
         total = rows.sum(-1)
-        inner = inner - diagonal @ diagonal.T + total * total.unsqueeze(-1) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows @ rows.T
+        inner = (
+            inner
+            - diagonal @ diagonal.T
+            + total * total.unsqueeze(-1) / ((n - 1) * (n - 2))
+            - 2 / (n - 2) * rows @ rows.T
+        )
     own = inner.diagonal()
     own = torch.where(own > 0, own, math.nan)
     return inner / (own * own.unsqueeze(-1)).sqrt()
 
 
 def _gram_products(x: Tensor) -> Tensor:
-    """`tr(K_i K_j) = |X_i^T X_j|_F^2` [E, E] in fp64 of x [E, n, k], by the smaller of the two forms, its wide product in x's own dtype."""
+    """`tr(K_i K_j) = |X_i^T X_j|_F^2` [E, E] in fp64 of x [E, n, k], by the smaller of the two forms, its
+    wide product in x's own dtype."""
     e, n, k = x.shape
     if e * k * k <= n * n:
         columns = x.transpose(0, 1).flatten(1)
@@ -93,7 +104,8 @@ def off_diagonal(matrix: Tensor) -> Tensor:
 
 
 def weight_products(a: Tensor, b: Tensor, owner: Tensor) -> Tensor:
-    """`<dW_i, dW_j>_F = sum((B_i^T B_j) * (A_i A_j^T))` [E, E], dW_e = B_e A_e: O(R^2 (d_in + d_out)), no data."""
+    """`<dW_i, dW_j>_F = sum((B_i^T B_j) * (A_i A_j^T))` [E, E], dW_e = B_e A_e: O(R^2 (d_in + d_out)), no
+    data."""
     rows = (b.double().T @ b.double()) * (a.double() @ a.double().T)  # [R, R]
     member = torch.nn.functional.one_hot(owner).double()
     return member.T @ rows @ member
@@ -107,7 +119,8 @@ def weight_cosine(a: Tensor, b: Tensor, owner: Tensor) -> Tensor:
 
 
 def directions(a: Tensor, b: Tensor, energy: float = ENERGY) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular values [r] of dW = b a (a [r, d_in], b [d_out, r]), and its leading left [d_out, m] and right [d_in, m] directions.
+    """Singular values [r] of dW = b a (a [r, d_in], b [d_out, r]), and its leading left [d_out, m] and right
+    [d_in, m] directions.
 
     Through the r x r core of two QRs. The m leading directions hold `energy` of the squared norm.
     """
@@ -119,7 +132,8 @@ def directions(a: Tensor, b: Tensor, energy: float = ENERGY) -> tuple[Tensor, Te
 
 
 def overlap(u: Tensor, v: Tensor) -> Tensor:
-    """`|U^T V|_F^2 / min(r_u, r_v)`, 0 .. 1, of two orthonormal bases [d, r]. LoRA, arXiv 2106.09685, sec. 7.2. NaN for an empty one."""
+    """`|U^T V|_F^2 / min(r_u, r_v)`, 0 .. 1, of two orthonormal bases [d, r]. LoRA, arXiv 2106.09685, sec.
+    7.2. NaN for an empty one."""
     least = min(u.shape[1], v.shape[1])
     return (u.T @ v).square().sum() / least if least else u.new_tensor(math.nan)
 
@@ -135,7 +149,8 @@ def overlap_by_chance(r_u: int, r_v: int, d: int) -> float:
 
 
 def grassmann_distance(u: Tensor, v: Tensor) -> Tensor:
-    """`sqrt(sum theta^2) / (sqrt(min r) pi / 2)`, 0 .. 1, theta the principal angles, arccos of the singular values of U^T V."""
+    """`sqrt(sum theta^2) / (sqrt(min r) pi / 2)`, 0 .. 1, theta the principal angles, arccos of the singular
+    values of U^T V."""
     angles = torch.linalg.svdvals(u.T @ v).clamp(max=1.0).arccos()
     return angles.square().sum().sqrt() / (math.sqrt(min(u.shape[1], v.shape[1])) * math.pi / 2)
 
@@ -144,7 +159,8 @@ def grassmann_distance(u: Tensor, v: Tensor) -> Tensor:
 
 
 def spectrum(x: Tensor, centre: bool = True) -> Tensor:
-    """Singular values [..., min(n, k)], largest first, of x [..., n, k], by default of its deviations from the mean row."""
+    """Singular values [..., min(n, k)], largest first, of x [..., n, k], by default of its deviations from
+    the mean row."""
     x = x.double()
     x = x - x.mean(-2, keepdim=True) if centre else x
     gram = x.mT @ x if x.shape[-1] <= x.shape[-2] else x @ x.mT
@@ -154,7 +170,8 @@ def spectrum(x: Tensor, centre: bool = True) -> Tensor:
 
 
 def effective_rank(s: Tensor) -> Tensor:
-    """`exp(-sum s^ ln s^)` [...], 1 .. rank, s^ = singular values [..., r] over their sum. Roy and Vetterli 2007. NaN for a zero matrix."""
+    """`exp(-sum s^ ln s^)` [...], 1 .. rank, s^ = singular values [..., r] over their sum. Roy and Vetterli
+    2007. NaN for a zero matrix."""
     share = s / s.sum(-1, keepdim=True)
     return torch.special.entr(share).sum(-1).exp()
 
@@ -175,7 +192,8 @@ def participation_ratio(s: Tensor) -> Tensor:
 def redundant(without: Tensor, whole: float, base: float, share: float = 0.01) -> Tensor:
     """Number of experts whose removal costs less than `share` of the adapter's gain.
 
-    without [E]: loss with expert e removed; whole: with all; base: without the adapter. NaN where the adapter gained nothing.
+    without [E]: loss with expert e removed; whole: with all; base: without the adapter. NaN where the adapter
+    gained nothing.
     """
     gain = base - whole
     return ((without - whole) < share * gain).sum().double() if gain > 0 else without.new_tensor(math.nan)

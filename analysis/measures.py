@@ -1,4 +1,5 @@
-"""Every measure that runs report, by its name in metrics.json and the tables. `python -m moabench.analysis.measures` prints the list."""
+"""Every measure that runs report, by its name in metrics.json and the tables. `python -m
+moabench.analysis.measures` prints the list."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from . import balance, experts, optimisation, representation, routing, specialis
 
 @dataclass(frozen=True)
 class Measure:
-    """function: the equation, whose docstring has definition, range and source. worst: the worse end over sites, None where neither is.
-    about: what of it is reported, where that is not the function's value at each site."""
+    """function: the equation, whose docstring has definition, range and source. worst: the worse end over
+    sites, None where neither is. about: what of it is reported, where that is not the function's value at
+    each site."""
 
     function: Callable
     worst: Literal["high", "low"] | None = None
@@ -24,7 +26,10 @@ class Measure:
 
 MEASURES = {
     # evaluated questions and training: benchmarks/readings.py
-    **{f"load/{name}": Measure(f, "low" if name in ("entropy", "effective_experts") else "high") for name, f in balance.BALANCE.items()},
+    **{
+        f"load/{name}": Measure(f, "low" if name in ("entropy", "effective_experts") else "high")
+        for name, f in balance.BALANCE.items()
+    },
     "load/max_vio_batch": Measure(balance.max_vio, "high", "of each batch, averaged"),
     "load/gate_mass": Measure(balance.mean_active, None, "mean sum of the weights of a token"),
     "load/dead_share": Measure(balance.dead_share, "high"),
@@ -36,11 +41,13 @@ MEASURES = {
     "routing/entropy_q90": Measure(routing.quantile, None, "90 % quantile of `router_entropy`"),
     "routing/logsumexp": Measure(optimisation.logsumexp, None, "mean over tokens"),
     # evaluated questions only
-    "routing/margin_q10": Measure(routing.margin, "low", "10 % quantile, of probabilities, where k is fixed and below E"),
+    "routing/margin_q10": Measure(routing.margin, "low", "10 % quantile, of probabilities, where k is "
+        "fixed and below E"),
     "routing/coactivation": Measure(routing.coactivation_peak, None, "sparse mixtures"),
     "routing/coactivation_excess": Measure(routing.coactivation_excess, "high", "sparse mixtures"),
     **{
-        f"specialisation/{label}_mi{suffix}": Measure(function, worst, f"with the {label} of each sequence{about}")
+        f"specialisation/{label}_mi{suffix}": Measure(function, worst, f"with the {label} of each "
+            f"sequence{about}")
         for label in ("task", "skill")
         for suffix, function, worst, about in (
             ("", specialisation.information_share, None, ""),
@@ -51,8 +58,10 @@ MEASURES = {
     # probes: benchmarks/probe.py
     "load/contribution_effective_experts": Measure(balance.contribution, "low", "its `effective_experts`"),
     "load/contribution_max_vio": Measure(balance.contribution, "high", "its `max_vio`"),
-    "routing/fluctuation": Measure(routing.fluctuation, None, "since the probe before; `total_variation` unless k is fixed"),
-    "routing/saturation": Measure(routing.agreement, None, "of each probe with the last; 1 - `total_variation` unless k is fixed"),
+    "routing/fluctuation": Measure(routing.fluctuation, None, "since the probe before; `total_variation` "
+        "unless k is fixed"),
+    "routing/saturation": Measure(routing.agreement, None, "of each probe with the last; 1 - "
+        "`total_variation` unless k is fixed"),
     "routing/affinity": Measure(routing.affinity_information, None, "with the same place one layer before"),
     "specialisation/token_id": Measure(specialisation.token_id_share, None, "last probe"),
     "specialisation/token_id_null": Measure(specialisation.token_id_share, None, "with the ids shuffled"),
@@ -60,11 +69,14 @@ MEASURES = {
     "experts/cka": Measure(experts.cka, "high", "debiased, mean off the diagonal"),
     "experts/output_cosine": Measure(experts.output_cosine, "high", "mean off the diagonal"),
     "experts/zero_share": Measure(experts.zero_share, "high", "mean over experts"),
-    "experts/output_erank": Measure(experts.effective_rank, "low", "of each expert's centred outputs, mean over experts"),
-    "experts/weight_cosine": Measure(experts.weight_cosine, "high", "mean off the diagonal; low-rank experts on one linear"),
+    "experts/output_erank": Measure(experts.effective_rank, "low", "of each expert's centred outputs, mean "
+        "over experts"),
+    "experts/weight_cosine": Measure(experts.weight_cosine, "high", "mean off the diagonal; low-rank experts "
+        "on one linear"),
     "experts/overlap_in": Measure(experts.overlap, "high", "of leading input directions; the same experts"),
     "experts/overlap_out": Measure(experts.overlap, "high", "of leading output directions; the same experts"),
-    "experts/update_erank": Measure(experts.effective_rank, "low", "of each expert's update, mean over experts; the same experts"),
+    "experts/update_erank": Measure(experts.effective_rank, "low", "of each expert's update, mean over "
+        "experts; the same experts"),
     "representation/rc": Measure(representation.within_between, None, "token-level routers"),
     "representation/rc_shuffled": Measure(representation.shuffled_within_between),
     "representation/clustering": Measure(representation.clustering),
@@ -81,7 +93,8 @@ MEASURES = {
 
 
 def over_sites(name: str, values: Tensor) -> dict[str, float]:
-    """`name`: mean over sites [S], and `name_worst`, since a mean hides one collapsed layer. NaN is left out, as is what has no value."""
+    """`name`: mean over sites [S], and `name_worst`, since a mean hides one collapsed layer. NaN is left out,
+    as is what has no value."""
     values = values[~values.isnan()]
     if not len(values):
         return {}
@@ -92,21 +105,36 @@ def over_sites(name: str, values: Tensor) -> dict[str, float]:
 def headlines(metrics: Mapping[str, float], heterogeneous: bool) -> dict[str, float]:
     """The five `headline/...` numbers of a run and their `_worst`, where their measures are defined.
 
-    heterogeneous: experts of different kinds or at different places under one router, whose effects gates do not tell.
+    heterogeneous: experts of different kinds or at different places under one router, whose effects gates do
+    not tell.
     """
     sources = {
         "max_vio": "load/max_vio",
-        "effective_experts": "load/contribution_effective_experts" if heterogeneous else "load/effective_experts",
-        "mi_minus_null": next((key for label in ("skill", "task") if (key := f"specialisation/{label}_mi_minus_null") in metrics), ""),
+        "effective_experts": "load/contribution_effective_experts"
+        if heterogeneous
+        else "load/effective_experts",
+        "mi_minus_null": next(
+            (
+                key
+                for label in ("skill", "task")
+                if (key := f"specialisation/{label}_mi_minus_null") in metrics
+            ),
+            "",
+        ),
         "expert_cka": "experts/cka",
         "erank_ratio": "representation/erank_ratio",
     }
-    found = {f"headline/{name}{end}": metrics.get(f"{key}{end}") for name, key in sources.items() for end in ("", "_worst")}
+    found = {
+        f"headline/{name}{end}": metrics.get(f"{key}{end}")
+        for name, key in sources.items()
+        for end in ("", "_worst")
+    }
     return {key: value for key, value in found.items() if value is not None}
 
 
 def table() -> str:
-    """The list in Markdown: name, function, definition (the first sentence of its docstring), what is reported, worse end."""
+    """The list in Markdown: name, function, definition (the first sentence of its docstring), what is
+    reported, worse end."""
     rows = ["| measure | function | definition | reported | worst |", "|---|---|---|---|---|"]
     for name, measure in MEASURES.items():
         f = measure.function

@@ -1,6 +1,8 @@
-"""Optimisation: whether tasks pull shared parameters apart, which experts get a gradient, and how large router scores grow.
+"""Optimisation: whether tasks pull shared parameters apart, which experts get a gradient, and how large
+router scores grow.
 
-Pure functions of tensors; G gradients (one a task) of P parameters, R rank rows, E experts. What is undefined is NaN.
+Pure functions of tensors; G gradients (one a task) of P parameters, R rank rows, E experts. What is undefined
+is NaN.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from torch import Tensor
 
 
 def gradient_cosine(gradients: Tensor) -> Tensor:
-    """`cos(g_a, g_b)` [G, G], -1 .. 1, of task gradients [G, P]; below 0: a conflict. NaN for a zero one. PCGrad, arXiv 2001.06782."""
+    """`cos(g_a, g_b)` [G, G], -1 .. 1, of task gradients [G, P]; below 0: a conflict. NaN for a zero one.
+    PCGrad, arXiv 2001.06782."""
     products = gradients.double() @ gradients.double().T
     size = products.diagonal().sqrt()
     return products / (size * size.unsqueeze(-1))
@@ -31,7 +34,8 @@ def mean_cosine(gradients: Tensor) -> Tensor:
 
 
 def magnitude_similarity(gradients: Tensor) -> Tensor:
-    """`2 |g_a| |g_b| / (|g_a|^2 + |g_b|^2)` [G, G], 0 .. 1; 1: of equal length. PCGrad, arXiv 2001.06782, definition 2."""
+    """`2 |g_a| |g_b| / (|g_a|^2 + |g_b|^2)` [G, G], 0 .. 1; 1: of equal length. PCGrad, arXiv 2001.06782,
+    definition 2."""
     size = gradients.double().norm(dim=-1)
     return 2 * size * size.unsqueeze(-1) / (size.square() + size.square().unsqueeze(-1))
 

@@ -1,8 +1,10 @@
-"""Published results beside ours: rows of a CSV file joined to entries by method, base model, task and protocol.
+"""Published results beside ours: rows of a CSV file joined to entries by method, base model, task and
+protocol.
 
-The file has the columns method, paper, arxiv, base_model, train_data, protocol, dataset, metric, value (accuracy in %) and may have
-trainable_params. Papers spell names their own way, so names are compared without case, hyphens and spaces, and data sets by `ALIASES`;
-a method that a paper calls otherwise is given by hand (`names`). What differs in the setting stands in the row.
+The file has the columns method, paper, arxiv, base_model, train_data, protocol, dataset, metric, value
+(accuracy in %) and may have trainable_params. Papers spell names their own way, so names are compared without
+case, hyphens and spaces, and data sets by `ALIASES`; a method that a paper calls otherwise is given by hand
+(`names`). What differs in the setting stands in the row.
 """
 
 from __future__ import annotations
@@ -43,17 +45,27 @@ def read(path: str | Path) -> pd.DataFrame:
     """The published accuracies. Raises ConfigError for a file that is not there or lacks a column."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ConfigError(f"results={str(path)!r}: no such file; expected a CSV file with the columns {', '.join(NEEDED)}.")
+        raise ConfigError(
+            f"results={str(path)!r}: no such file; expected a CSV file with the columns {', '.join(NEEDED)}."
+        )
     found = pd.read_csv(path, dtype=str, keep_default_na=False)
     for column in NEEDED:
         if column not in found:
-            raise ConfigError(f"results={str(path)!r}: it has no column {column!r}.{nearest(column, found.columns)}")
+            raise ConfigError(
+                f"results={str(path)!r}: it has no column {column!r}.{nearest(column, found.columns)}"
+            )
     found = found[found["metric"] == "accuracy"]
     return found.assign(value=pd.to_numeric(found["value"], errors="coerce") / 100).dropna(subset=["value"])
 
 
-def published(problem: Problem, results: pd.DataFrame, names: Mapping[str, str] | None = None, across: tuple[str, ...] = ()) -> Table:
-    """A published number a row, ours beside it. `names`: published method -> ours; `across`: what of `JOIN` need not agree."""
+def published(
+    problem: Problem,
+    results: pd.DataFrame,
+    names: Mapping[str, str] | None = None,
+    across: tuple[str, ...] = (),
+) -> Table:
+    """A published number a row, ours beside it. `names`: published method -> ours; `across`: what of `JOIN`
+    need not agree."""
     for name in across:
         if name not in JOIN:
             raise ConfigError(f"across={name!r}: expected any of {', '.join(JOIN)}.{nearest(name, JOIN)}")
@@ -66,15 +78,26 @@ def published(problem: Problem, results: pd.DataFrame, names: Mapping[str, str] 
         if not (set(row["apart"]) & (set(JOIN) - set(across)))
     ]
     columns = (
-        Column("method", "method"), Column("task", "task"), Column("theirs", "published", "share"), Column("ours", "ours", "share"),
-        Column("n", "n", "count"), Column("difference", "ours - published", "points"), Column("arxiv", "arXiv"),
+        Column("method", "method"), Column("task", "task"), Column("theirs", "published", "share"),
+        Column("ours", "ours", "share"),
+        Column("n", "n", "count"), Column("difference", "ours - published", "points"),
+        Column("arxiv", "arXiv"),
         Column("apart", "differs in"),
     )  # fmt: skip
-    shown = [row | {"apart": "; ".join(f"{key}: {value}" for key, value in row["apart"].items())} for row in rows]
-    return Table(f"{problem.name}: published and ours", columns, tuple(shown), tuple(_notes(problem, results, by_method, shown, across)))
+    shown = [
+        row | {"apart": "; ".join(f"{key}: {value}" for key, value in row["apart"].items())} for row in rows
+    ]
+    return Table(
+        f"{problem.name}: published and ours",
+        columns,
+        tuple(shown),
+        tuple(_notes(problem, results, by_method, shown, across)),
+    )
 
 
-def _rows(entry: Entry, title: str, results: pd.DataFrame, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def _rows(
+    entry: Entry, title: str, results: pd.DataFrame, names: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
     task, protocol = title.partition("@")[0], title.rpartition(":")[2]
     ours = t_interval(entry.finished[f"eval/{title}/acc"])
     for row in results[[_task(name) == task for name in results["dataset"]]].to_dict("records"):
@@ -82,7 +105,8 @@ def _rows(entry: Entry, title: str, results: pd.DataFrame, names: Mapping[str, s
             continue
         difference = Interval(*(end - row["value"] for end in ours))
         yield {
-            "method": entry.label, "task": task, "theirs": row["value"], "ours": ours, "n": len(entry.finished), "difference": difference,
+            "method": entry.label, "task": task, "theirs": row["value"], "ours": ours,
+            "n": len(entry.finished), "difference": difference,
             "arxiv": row["arxiv"], "apart": _apart(entry, title, protocol, row),
         }  # fmt: skip
 
@@ -106,19 +130,41 @@ def _apart(entry: Entry, title: str, protocol: str, row: Mapping[str, str]) -> d
 
 
 def same_method(theirs: str, ours: str, names: Mapping[str, str]) -> bool:
-    """Whether a published name is our method: given by hand, or the same words in any order (`Soft MoA`, `moa_soft`)."""
+    """Whether a published name is our method: given by hand, or the same words in any order (`Soft MoA`,
+    `moa_soft`)."""
     given = names.get(_compact(theirs))
-    return given == ours if given is not None else _words(theirs) == _words(ours) or _compact(theirs) == _compact(ours)
+    return (
+        given == ours
+        if given is not None
+        else _words(theirs) == _words(ours) or _compact(theirs) == _compact(ours)
+    )
 
 
-def _notes(problem: Problem, results: pd.DataFrame, names: Mapping[str, str], rows: list[dict], across: tuple[str, ...]) -> list[str]:
-    unnamed = [e.label for e in problem.finished if not any(same_method(name, e.method, names) for name in results["method"].unique())]
-    found = ["Accuracy in %; ± and brackets: 95 % interval over our n seeds; published values come without one. Differs in: theirs / ours."]
+def _notes(
+    problem: Problem,
+    results: pd.DataFrame,
+    names: Mapping[str, str],
+    rows: list[dict],
+    across: tuple[str, ...],
+) -> list[str]:
+    unnamed = [
+        e.label
+        for e in problem.finished
+        if not any(same_method(name, e.method, names) for name in results["method"].unique())
+    ]
+    found = [
+        "Accuracy in %; ± and brackets: 95 % interval over our n seeds; published values come "
+        "without one. Differs in: theirs / ours."
+    ]
     if unnamed:
-        found.append(f"No published method has the name of {', '.join(unnamed)}; theirs can be given by hand.")
+        found.append(
+            f"No published method has the name of {', '.join(unnamed)}; theirs can be given by hand."
+        )
     if not rows:
         must = ", ".join(("method", "task", *(name for name in JOIN if name not in across)))
-        found.append(f"No published accuracy has the same {must} as an entry here ({len(results):,} were looked at).")
+        found.append(
+            f"No published accuracy has the same {must} as an entry here ({len(results):,} were looked at)."
+        )
     return found
 
 

@@ -1,7 +1,9 @@
-"""Send finished offline runs to W&B, several at a time, each once: `pushed.json` in a run folder says what was sent.
+"""Send finished offline runs to W&B, several at a time, each once: `pushed.json` in a run folder says what
+was sent.
 
-W&B's own `wandb sync` does the sending, in a process a run. A run that was resumed has several offline folders with one id, which are
-sent together, oldest first; a run that was made again after it was sent has a new folder and is sent again.
+W&B's own `wandb sync` does the sending, in a process a run. A run that was resumed has several offline
+folders with one id, which are sent together, oldest first; a run that was made again after it was sent has a
+new folder and is sent again.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Pending:
 
 
 def push(study: Study, dry_run: bool = False, workers: int = 4, sync: Sync | None = None) -> list[Path]:
-    """Send what was not sent, print a line a run, return the runs sent. Raises RunError, after all others, if some could not be sent."""
+    """Send what was not sent, print a line a run, return the runs sent. Raises RunError, after all others, if
+    some could not be sent."""
     waiting, known = [], 0
     for path in map(Path, study.finished["path"]):
         found = pending(path)
@@ -45,7 +48,10 @@ def push(study: Study, dry_run: bool = False, workers: int = 4, sync: Sync | Non
         known += found is None and (path / MARKER).is_file()
     without = len(study.finished) - len(waiting) - known
     unfinished = len(study.runs) - len(study.finished)
-    print(f"{len(waiting)} to send, {known} sent before, {without} without offline files, {unfinished} not finished")
+    print(
+        f"{len(waiting)} to send, {known} sent before, {without} without offline files, {unfinished} "
+        "not finished"
+    )
     if dry_run:
         for item in waiting:
             print(f"would send {item.run.name}")
@@ -62,8 +68,17 @@ def pending(run: Path) -> Pending | None:
 
 def wandb_sync(folders: Sequence[Path]) -> str | None:
     """`wandb sync` of the folders. Raises NotLoggedIn."""
-    command = [sys.executable, "-m", "wandb", "sync", "--include-synced", *(str(path.resolve()) for path in folders)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folders[0].parent)
+    command = [
+        sys.executable,
+        "-m",
+        "wandb",
+        "sync",
+        "--include-synced",
+        *(str(path.resolve()) for path in folders),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folders[0].parent
+    )
     text = " ".join((done.stdout + done.stderr).split())
     if "No API key" in text or "api_key not configured" in text:
         raise NotLoggedIn("W&B has no key for sending runs. Run `wandb login`, or set WANDB_API_KEY.")
@@ -84,7 +99,10 @@ def _send(waiting: Sequence[Pending], workers: int, sync: Sync) -> list[Path]:
             failed.append(item.run.name)
             print(f"not sent {item.run.name}: {reason}", file=sys.stderr)
     if failed:
-        raise RunError(f"{len(failed)} of {len(waiting)} runs were not sent ({', '.join(failed[:5])}); the same command tries these again.")
+        raise RunError(
+            f"{len(failed)} of {len(waiting)} runs were not sent ({', '.join(failed[:5])}); the same "
+            "command tries these again."
+        )
     return sent
 
 

@@ -1,13 +1,17 @@
-"""Run folders as tidy tables. `load("runs/").runs` has one row a run; the larger tables are read when they are first asked for.
+"""Run folders as tidy tables. `load("runs/").runs` has one row a run; the larger tables are read when they
+are first asked for.
 
     study = load("runs/")
-    study.runs       a run a row: run, state, reason, method, model, task, protocol, data, seed, every key of its config
-                     (`train.lr`), of its environment (`environment.code.commit`) and of its metrics (`eval/.../acc`)
-    study.history, study.routing, study.samples, study.probes, study.matrices     the runs' parquet files, with a column `run`
+    study.runs       a run a row: run, state, reason, method, model, task, protocol, data, seed, every key of
+                     its config (`train.lr`), of its environment (`environment.code.commit`) and of its
+                     metrics (`eval/.../acc`)
+    study.history, study.routing, study.samples, study.probes, study.matrices     the runs' parquet files,
+                                                                                  with a column `run`
     study.skipped    what could not be read, and why: run, file, reason
 
-Only finished runs have metrics and tables. Failed, running and interrupted ones are rows with their state and reason, since a table
-that leaves out what failed is wrong. A column that a run lacks (an older schema) is null there.
+Only finished runs have metrics and tables. Failed, running and interrupted ones are rows with their state and
+reason, since a table that leaves out what failed is wrong. A column that a run lacks (an older schema) is
+null there.
 """
 
 from __future__ import annotations
@@ -35,16 +39,31 @@ NAMED = ("method", "model", "task", "mix")
 TABLES = ("history", "routing", "samples", "probes", "matrices")
 """The parquet files of a run folder."""
 
-IDENTITY = ("run", "path", "state", "reason", "method", "model", "task", "protocol", "data", "seed", "accuracy")
+IDENTITY = (
+    "run",
+    "path",
+    "state",
+    "reason",
+    "method",
+    "model",
+    "task",
+    "protocol",
+    "data",
+    "seed",
+    "accuracy",
+)
 """First columns of `Study.runs`."""
 
 WORKERS = 8
 
 
 class Study:
-    """Runs to be looked at together. `configs`: run -> its config as nested data. `skipped`: (run, file, reason), see the module."""
+    """Runs to be looked at together. `configs`: run -> its config as nested data. `skipped`: (run, file,
+    reason), see the module."""
 
-    def __init__(self, table: pd.DataFrame, configs: Mapping[str, dict], skipped: Sequence[tuple[str, str, str]] = ()):
+    def __init__(
+        self, table: pd.DataFrame, configs: Mapping[str, dict], skipped: Sequence[tuple[str, str, str]] = ()
+    ):
         self.runs = table
         self.configs = configs
         self._skipped = list(skipped)
@@ -85,14 +104,15 @@ class Study:
         return self._table("matrices")
 
     def where(self, query: str) -> Study:
-        """The runs for which `query` holds, in the words of `DataFrame.query`: `method == "lora" and seed < 3`; names with a dot or a
-        slash in backticks. Raises ConfigError for what cannot be evaluated."""
+        """The runs for which `query` holds, in the words of `DataFrame.query`: `method == "lora" and seed <
+        3`; names with a dot or a slash in backticks. Raises ConfigError for what cannot be evaluated."""
         try:
             kept = self.runs.query(query)
         except Exception as error:
             known = nearest(query.replace("`", "").split()[0] if query.split() else "", self.runs.columns)
             raise ConfigError(
-                f"where={query!r}: {' '.join(str(error).split())}. Expected a condition on columns of the runs.{known}"
+                f"where={query!r}: {' '.join(str(error).split())}. Expected a condition on columns of "
+                f"the runs.{known}"
             ) from error
         return Study(kept, self.configs, self._skipped)
 
@@ -106,7 +126,10 @@ class Study:
         """In words: how many runs have no results and why, and what was skipped."""
         states = self.runs["state"].value_counts()
         lines = [f"{count} {state}" for state, count in states.items() if state != "finished"]
-        found = [f"{states.get('finished', 0)} of {len(self.runs)} runs are finished" + (f" ({', '.join(lines)})" if lines else "")]
+        found = [
+            f"{states.get('finished', 0)} of {len(self.runs)} runs are finished"
+            + (f" ({', '.join(lines)})" if lines else "")
+        ]
         for (file, reason), rows in self.skipped.groupby(["file", "reason"], sort=True):
             named = ", ".join(rows["run"].head(3)) + (" ..." if len(rows) > 3 else "")
             found.append(f"{file}: {reason} in {len(rows)} {'runs' if len(rows) > 1 else 'run'} ({named})")
@@ -128,7 +151,8 @@ class Study:
 
 
 def load(*folders: str | Path) -> Study:
-    """The run folders in `folders`; a folder that is a run itself is read alone. Raises ConfigError if there is none."""
+    """The run folders in `folders`; a folder that is a run itself is read alone. Raises ConfigError if there
+    is none."""
     found = [path for folder in folders for path in _found(Path(folder).expanduser())]
     records: dict[str, dict[str, Any]] = {}
     configs, skipped = {}, []
@@ -147,7 +171,11 @@ def load(*folders: str | Path) -> Study:
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:
     """Nested data by dotted keys; lists of plain values as tuples, of mappings by number (`experts.0.r`)."""
     if isinstance(data, Mapping):
-        return {key: value for name, part in data.items() for key, value in flat(part, f"{prefix}.{name}" if prefix else str(name)).items()}
+        return {
+            key: value
+            for name, part in data.items()
+            for key, value in flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
     if isinstance(data, list | tuple):
         if any(isinstance(part, Mapping) for part in data):
             return flat(dict(enumerate(data)), prefix)
@@ -161,12 +189,15 @@ def _found(folder: Path) -> list[Path]:
     found = runs.find(folder)
     if not found:
         there = "has no run folder in it" if folder.is_dir() else "is no folder"
-        raise ConfigError(f"{str(folder)!r} {there}; expected a folder with <run>/status.json files, as run.py's runs_dir.")
+        raise ConfigError(
+            f"{str(folder)!r} {there}; expected a folder with <run>/status.json files, as run.py's runs_dir."
+        )
     return found
 
 
 def _read_run(path: Path) -> dict[str, Any] | str:
-    """One row of `Study.runs` with the nested config beside it; a text `<file>: <reason>` if the folder cannot be read."""
+    """One row of `Study.runs` with the nested config beside it; a text `<file>: <reason>` if the folder
+    cannot be read."""
     file = "status.json"
     try:
         status = read_json(path / file) or {}
@@ -182,12 +213,15 @@ def _read_run(path: Path) -> dict[str, Any] | str:
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         return f"{file}: cannot be read ({type(error).__name__})"
     row = {"run": path.name, "path": str(path), "state": state, "reason": status.get("reason")}
-    row |= _named(config) | {"accuracy": summary.accuracy(metrics)} | flat(environment, "environment") | metrics
+    row |= (
+        _named(config) | {"accuracy": summary.accuracy(metrics)} | flat(environment, "environment") | metrics
+    )
     return row | {"config": config}
 
 
 def _read_config(text: str) -> dict[str, Any]:
-    """The nested config. Sections recur from run to run, and parsing them is most of the time of `load`: each text is parsed once."""
+    """The nested config. Sections recur from run to run, and parsing them is most of the time of `load`: each
+    text is parsed once."""
     sections: list[list[str]] = []
     for line in text.splitlines(keepends=True):
         if (not line[0].isspace() and not line.startswith("- ")) or not sections:
@@ -229,7 +263,8 @@ def _read_parquet(name: str, path: Path) -> pa.Table | str:
 
 
 def _concatenated(parts: list[pa.Table]) -> tuple[pa.Table | None, list[tuple[str, str]]]:
-    """All rows, and (run, reason) of the tables whose columns have other types than the same columns of the tables before."""
+    """All rows, and (run, reason) of the tables whose columns have other types than the same columns of the
+    tables before."""
     if not parts:
         return None, []
     try:
@@ -242,7 +277,9 @@ def _concatenated(parts: list[pa.Table]) -> tuple[pa.Table | None, list[tuple[st
             schema = pa.unify_schemas([schema, part.schema], promote_options="permissive")
             kept.append(part)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            failed.append((part["run"][0].as_py(), f"types that do not fit ({' '.join(str(error).split())[:120]})"))
+            failed.append(
+                (part["run"][0].as_py(), f"types that do not fit ({' '.join(str(error).split())[:120]})")
+            )
     return pa.concat_tables(kept, promote_options="permissive"), failed
 
 

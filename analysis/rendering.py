@@ -1,4 +1,5 @@
-"""One table, four ways to print it: terminal, Markdown, LaTeX (booktabs), CSV. The HTML report uses the same cells."""
+"""One table, four ways to print it: terminal, Markdown, LaTeX (booktabs), CSV. The HTML report uses the same
+cells."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows map column keys to values; None and NaN are empty cells. `best` and `tied`: (row, key) of the cells to be marked."""
+    """Rows map column keys to values; None and NaN are empty cells. `best` and `tied`: (row, key) of the
+    cells to be marked."""
 
     title: str
     columns: tuple[Column, ...]
@@ -49,7 +51,8 @@ class Table:
         return markdown(self.shown())
 
     def sorted_by(self, key: str) -> Table:
-        """Rows by a column: text and sizes ascending, scores descending, empty cells last. Raises ConfigError for an unknown column."""
+        """Rows by a column: text and sizes ascending, scores descending, empty cells last. Raises ConfigError
+        for an unknown column."""
         column = next((c for c in self.columns if key in (c.key, c.title)), None)
         if column is None:
             raise ConfigError(f"sort={key!r}: no such column.{nearest(key, [c.key for c in self.columns])}")
@@ -65,7 +68,9 @@ def _share(value: float | Interval) -> str:
 
 
 def _ends(value: Interval) -> str:
-    return f"{100 * value.value:.1f}" + ("" if math.isnan(value.low) else f" [{100 * value.low:.1f}, {100 * value.high:.1f}]")
+    return f"{100 * value.value:.1f}" + (
+        "" if math.isnan(value.low) else f" [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    )
 
 
 def _points(value: float | Interval) -> str:
@@ -96,7 +101,9 @@ PROSE = {"remarks", "apart", "reason", "value"}
 
 def text(value: Any, form: str) -> str:
     """A value as it stands in a cell; nothing for what is missing."""
-    if value is None or (isinstance(value, float | Interval) and math.isnan(value[0] if isinstance(value, tuple) else value)):
+    if value is None or (
+        isinstance(value, float | Interval) and math.isnan(value[0] if isinstance(value, tuple) else value)
+    ):
         return ""
     return FORMS[form](value)
 
@@ -116,9 +123,16 @@ def terminal(table: Table, styled: bool = False) -> str:
     for column in table.columns:
         prose = column.key in PROSE
         justify = "left" if column.form == "text" else "right"
-        drawn.add_column(column.title, justify=justify, no_wrap=not prose, overflow="fold", max_width=50 if prose else None)
+        drawn.add_column(
+            column.title, justify=justify, no_wrap=not prose, overflow="fold", max_width=50 if prose else None
+        )
     for i, cells in enumerate(table.cells()):
-        drawn.add_row(*(_marked(table, i, j, _escaped(cell), "[bold]{}[/]", "[underline]{}[/]") for j, cell in enumerate(cells)))
+        drawn.add_row(
+            *(
+                _marked(table, i, j, _escaped(cell), "[bold]{}[/]", "[underline]{}[/]")
+                for j, cell in enumerate(cells)
+            )
+        )
     file = io.StringIO()
     console = Console(file=file, width=1000, highlight=False, force_terminal=styled)
     console.print(drawn)
@@ -133,7 +147,10 @@ def markdown(table: Table) -> str:
     lines.append("| " + " | ".join(c.title.replace("|", "\\|") for c in table.columns) + " |")
     lines.append("|" + "|".join("---" if c.form == "text" else "---:" for c in table.columns) + "|")
     for i, cells in enumerate(table.cells()):
-        marked = [_marked(table, i, j, cell.replace("|", "\\|").replace("\n", " "), "**{}**", "<u>{}</u>") for j, cell in enumerate(cells)]
+        marked = [
+            _marked(table, i, j, cell.replace("|", "\\|").replace("\n", " "), "**{}**", "<u>{}</u>")
+            for j, cell in enumerate(cells)
+        ]
         lines.append("| " + " | ".join(marked) + " |")
     return "\n".join([*lines, "", *(f"{note}\n" for note in table.notes)]).rstrip() + "\n"
 
@@ -143,12 +160,20 @@ def latex(table: Table) -> str:
     spec = "".join("l" if c.form == "text" else "r" for c in table.columns)
     rows = []
     for i, cells in enumerate(table.cells()):
-        marked = [_marked(table, i, j, _tex(cell), "\\textbf{{{}}}", "\\underline{{{}}}") for j, cell in enumerate(cells)]
+        marked = [
+            _marked(table, i, j, _tex(cell), "\\textbf{{{}}}", "\\underline{{{}}}")
+            for j, cell in enumerate(cells)
+        ]
         rows.append(" & ".join(marked) + r" \\")
     head = " & ".join(_tex(c.title) for c in table.columns) + r" \\"
     caption = _tex(" ".join([f"{table.title}.", *table.notes]))
     body = [r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
-    lines = [r"\begin{table}", r"  \centering", f"  \\caption{{{caption}}}", f"  \\begin{{tabular}}{{{spec}}}"]
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        f"  \\caption{{{caption}}}",
+        f"  \\begin{{tabular}}{{{spec}}}",
+    ]
     return "\n".join([*lines, *(f"    {line}" for line in body), r"  \end{tabular}", r"\end{table}", ""])
 
 
@@ -157,23 +182,39 @@ def as_csv(table: Table) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     wide = {c.key for c in table.columns if any(isinstance(row.get(c.key), Interval) for row in table.rows)}
-    writer.writerow([name for c in table.columns for name in ((c.key, f"{c.key}_low", f"{c.key}_high") if c.key in wide else (c.key,))])
+    writer.writerow(
+        [
+            name
+            for c in table.columns
+            for name in ((c.key, f"{c.key}_low", f"{c.key}_high") if c.key in wide else (c.key,))
+        ]
+    )
     for row in table.rows:
         line: list[Any] = []
         for column in table.columns:
             value = row.get(column.key)
-            parts = (value if isinstance(value, Interval) else (value, None, None)) if column.key in wide else (value,)
+            parts = (
+                (value if isinstance(value, Interval) else (value, None, None))
+                if column.key in wide
+                else (value,)
+            )
             line += [None if isinstance(part, float) and math.isnan(part) else part for part in parts]
         writer.writerow(line)
     return file.getvalue()
 
 
-FORMATS: dict[str, Callable[..., str]] = {"terminal": terminal, "markdown": markdown, "latex": latex, "csv": as_csv}
+FORMATS: dict[str, Callable[..., str]] = {
+    "terminal": terminal,
+    "markdown": markdown,
+    "latex": latex,
+    "csv": as_csv,
+}
 """Name -> how a table is printed."""
 
 
 def render(tables: Sequence[Table], form: str, styled: bool = False) -> str:
-    """Tables one after the other; `styled`: for a terminal that shows bold and underlined. Raises ConfigError for an unknown format."""
+    """Tables one after the other; `styled`: for a terminal that shows bold and underlined. Raises ConfigError
+    for an unknown format."""
     if form not in FORMATS:
         raise ConfigError(f"format={form!r}: no such format.{nearest(form, FORMATS)}")
     if form == "csv":
@@ -200,7 +241,8 @@ def _escaped(cell: str) -> str:
 
 
 TEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$",
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+    "<": r"$<$", ">": r"$>$",
 }  # fmt: skip
 """Characters that LaTeX reads otherwise."""
 

@@ -1,6 +1,8 @@
-"""One HTML file that holds everything: what was found in words, tables, plots, every run. No network, no other file.
+"""One HTML file that holds everything: what was found in words, tables, plots, every run. No network, no
+other file.
 
-The page is `html/report.html.jinja`; this module fills it. Tables are those of `tables`, words those of the tests (`Pair.words`).
+The page is `html/report.html.jinja`; this module fills it. Tables are those of `tables`, words those of the
+tests (`Pair.words`).
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def report(study: Study, results: pd.DataFrame | None = None) -> str:
     """The page for a study; `results`: published results (`published.read`) to show beside ours."""
     import jinja2
 
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"rows": _rows, "picture": _picture}
     chapters = [Chapter(problem, results) for problem in problems(study)]
     lost = inventory(study)
@@ -99,7 +103,10 @@ class Chapter:
     @cached_property
     def links(self) -> dict[str, list[tuple[str, str]]]:
         """Label -> (seed, run) of its runs."""
-        return {e.label: list(zip(e.runs["seed"].astype(str), e.runs["run"], strict=True)) for e in self.problem.entries}
+        return {
+            e.label: list(zip(e.runs["seed"].astype(str), e.runs["run"], strict=True))
+            for e in self.problem.entries
+        }
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """What the page of each run shows."""
@@ -126,13 +133,22 @@ def summary(problem: Problem, pairs: list[Pair]) -> list[str]:
         return ["No run of this problem is finished."]
     found = [_scope(problem, entries)]
     best, rest = entries[0], entries[1:]
-    among = {pair.b.label: pair for pair in pairs if pair.a is best} | {pair.a.label: pair for pair in pairs if pair.b is best}
+    among = {pair.b.label: pair for pair in pairs if pair.a is best} | {
+        pair.a.label: pair for pair in pairs if pair.b is best
+    }
     if rest:
         found += _ranking(best, rest, among)
-    unequal = [e.label for e in entries if any(" x the parameters" in remark for remark in problem.remarks(e))]
+    unequal = [
+        e.label for e in entries if any(" x the parameters" in remark for remark in problem.remarks(e))
+    ]
     if unequal:
-        found.append(f"Budgets are unequal ({', '.join(unequal)}): such a difference is one of method and size together.")
-    recipes = [f"{e.label} ({', '.join(r)})" for e in entries if (r := [x for x in problem.remarks(e) if "=" in x])]
+        found.append(
+            f"Budgets are unequal ({', '.join(unequal)}): such a difference is one of method and size "
+            "together."
+        )
+    recipes = [
+        f"{e.label} ({', '.join(r)})" for e in entries if (r := [x for x in problem.remarks(e) if "=" in x])
+    ]
     if recipes:
         found.append(f"Trained on other terms than most: {'; '.join(recipes)}.")
     lost = [f"{e.label} ({'; '.join(problem.remarks(e))})" for e in problem.entries if e.finished.empty]
@@ -140,24 +156,42 @@ def summary(problem: Problem, pairs: list[Pair]) -> list[str]:
 
 
 def protocol(problem: Problem) -> list[tuple[str, str]]:
-    """(what, in words) of how the runs were made: study, questions, training, learning rate, budget, seeds. Of what differs between
-    entries, the usual value; leaderboard and remarks say who differs."""
+    """(what, in words) of how the runs were made: study, questions, training, learning rate, budget, seeds.
+    Of what differs between entries, the usual value; leaderboard and remarks say who differs."""
     trained = [e for e in problem.finished if e.setting.get("method.tuner") != "none"]
     if not trained:
         return []
-    shared = Counter(json.dumps(e.config | {"method": None, "seed": None}, sort_keys=True, default=str) for e in trained)
+    shared = Counter(
+        json.dumps(e.config | {"method": None, "seed": None}, sort_keys=True, default=str) for e in trained
+    )
     config = defaultdict(dict, json.loads(shared.most_common(1)[0][0]))
     train, data = defaultdict(lambda: None, config["train"]), config["data"]
-    questions = "all questions" if data.get("eval_limit") is None else f"the first {data['eval_limit']} questions"
+    questions = (
+        "all questions" if data.get("eval_limit") is None else f"the first {data['eval_limit']} questions"
+    )
     length = f"{train['steps']:,} steps" if train["steps"] else f"{train['epochs']} epochs"
-    size = f"{train['batch_size']} x {train['accumulation']}" if (train["accumulation"] or 1) > 1 else f"{train['batch_size']}"
+    size = (
+        f"{train['batch_size']} x {train['accumulation']}"
+        if (train["accumulation"] or 1) > 1
+        else f"{train['batch_size']}"
+    )
     found = [
-        ("study", ": ".join(filter(None, (config["experiment"].get("name"), config["experiment"].get("about"))))),
+        (
+            "study",
+            ": ".join(filter(None, (config["experiment"].get("name"), config["experiment"].get("about")))),
+        ),
         ("questions", f"{questions} of each task, once for each run, after training"),
-        ("training", f"{length} of {size} sequences, {train['schedule']} schedule, mix {config['mix'].get('name')}, the same rows for all"),
+        (
+            "training",
+            f"{length} of {size} sequences, {train['schedule']} schedule, mix "
+            f"{config['mix'].get('name')}, the same rows for all",
+        ),
         ("learning rate", _rates(trained, train)),
         ("budget", _budget(trained, config["budget"])),
-        ("seeds", "; ".join(sorted({f"{e.label}: {', '.join(e.finished['seed'].astype(str))}" for e in trained}))),
+        (
+            "seeds",
+            "; ".join(sorted({f"{e.label}: {', '.join(e.finished['seed'].astype(str))}" for e in trained})),
+        ),
     ]
     return [(what, words) for what, words in found if words]
 
@@ -167,7 +201,11 @@ def _rates(trained: list[Entry], train: Mapping[str, Any]) -> str:
         given = {e.label: e.config["train"]["lr"] for e in trained}
         one = f"{train['lr']:g} at the peak for all" if len(set(given.values())) == 1 else ""
         return (one or ", ".join(f"{label} {lr:g}" for label, lr in given.items())) + "; no method was tuned"
-    taken = [f"{e.label} {', '.join(map('{:g}'.format, e.finished['tuning/lr']))}" for e in trained if "tuning/lr" in e.finished]
+    taken = [
+        f"{e.label} {', '.join(map('{:g}'.format, e.finished['tuning/lr']))}"
+        for e in trained
+        if "tuning/lr" in e.finished
+    ]
     grid = ", ".join(f"{lr:g}" for lr in train["lr_grid"])
     return f"of {grid}, the best on held-out training rows, for each run by itself: {'; '.join(taken)}"
 
@@ -178,15 +216,25 @@ def _budget(trained: list[Entry], budget: Mapping[str, Any]) -> str:
     if budget["match"] != "params":
         return f"{budget['size']}, equal {budget['match']}: the length of training was solved for"
     counts = [f"{e.label} {e.mean('params/trainable'):,.0f}" for e in trained]
-    return f"{budget['size']}, trainable parameters within {budget['tolerance']:.0%}, routers and gates included: {', '.join(counts)}"
+    return (
+        f"{budget['size']}, trainable parameters within {budget['tolerance']:.0%}, routers and gates "
+        f"included: {', '.join(counts)}"
+    )
 
 
 def _scope(problem: Problem, entries: list[Entry]) -> str:
     """How much was measured, and between what accuracy can move: chance and the frozen base."""
     runs = sum(len(e.finished) for e in entries)
-    parts = [f"{len(entries)} {'entries' if len(entries) > 1 else 'entry'}, {runs} finished {'runs' if runs > 1 else 'run'}"]
+    parts = [
+        f"{len(entries)} {'entries' if len(entries) > 1 else 'entry'}, {runs} finished "
+        f"{'runs' if runs > 1 else 'run'}"
+    ]
     parts.append(f"{len(problem.titles)} {'tasks' if len(problem.titles) > 1 else 'task'}")
-    chances = [tasks.get(t.partition("@")[0]).chance(t.rpartition(":")[2]) for t in problem.titles if t.partition("@")[0] in tasks.names()]
+    chances = [
+        tasks.get(t.partition("@")[0]).chance(t.rpartition(":")[2])
+        for t in problem.titles
+        if t.partition("@")[0] in tasks.names()
+    ]
     if chances:
         parts.append(f"chance {100 * sum(chances) / len(chances):.0f} %")
     bases = [entries[0].mean(f"base/{title}/acc") for title in problem.titles]
@@ -206,12 +254,22 @@ def _ranking(best: Entry, rest: list[Entry], among: dict[str, Pair]) -> list[str
         words.append(f"Shown to be better than {', '.join(beaten)}.")
     if tied:
         finds = [100 * among[label].found.detectable for label in tied]
-        spread = f"{min(finds):.1f}" if max(finds) - min(finds) < 0.1 else f"{min(finds):.1f} to {max(finds):.1f}"
-        words.append(f"No difference shown to {', '.join(tied)}; these designs find {spread} points in {100 * POWER:.0f} % of cases.")
+        spread = (
+            f"{min(finds):.1f}" if max(finds) - min(finds) < 0.1 else f"{min(finds):.1f} to {max(finds):.1f}"
+        )
+        words.append(
+            f"No difference shown to {', '.join(tied)}; these designs find {spread} points in "
+            f"{100 * POWER:.0f} % of cases."
+        )
     if untested:
-        words.append(f"Nothing is shown about {', '.join(untested)} against it: one seed, or no answers in common.")
+        words.append(
+            f"Nothing is shown about {', '.join(untested)} against it: one seed, or no answers in common."
+        )
     family = next((pair.family for pair in among.values() if pair.family), 0)
-    method = f"Two-sided tests over seeds and questions at {100 * (1 - LEVEL):.0f} %, Holm over {family} comparisons."
+    method = (
+        f"Two-sided tests over seeds and questions at {100 * (1 - LEVEL):.0f} %, Holm over {family} "
+        "comparisons."
+    )
     return [" ".join(words), *([method] if tested else [])]
 
 
@@ -223,8 +281,15 @@ def _commits(entry: Entry) -> list[str]:
 def _some(row: pd.Series, start: str, within: str = "") -> list[tuple[str, str]]:
     """(name, value) of the columns that start so and have `within` in them, as text."""
     named = {key: value for key, value in row.items() if key.startswith(start) and within in key}
-    kept = {key: value for key, value in named.items() if not (value is None or (isinstance(value, float) and math.isnan(value)))}
-    return [(key.removeprefix(start), f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in kept.items()]
+    kept = {
+        key: value
+        for key, value in named.items()
+        if not (value is None or (isinstance(value, float) and math.isnan(value)))
+    }
+    return [
+        (key.removeprefix(start), f"{value:.6g}" if isinstance(value, float) else str(value))
+        for key, value in kept.items()
+    ]
 
 
 def _load(rows: pd.DataFrame | None) -> Iterator[tuple[str, list[tuple[str, str, str, str]]]]:
@@ -233,7 +298,14 @@ def _load(rows: pd.DataFrame | None) -> Iterator[tuple[str, list[tuple[str, str,
         return
     loads, names = routing.load_map(rows)
     for site, values in loads.iterrows():
-        yield short_site(site), [(names[i], f"{value:.2f}", *_shade(value)) for i, value in values.items() if not math.isnan(value)]
+        yield (
+            short_site(site),
+            [
+                (names[i], f"{value:.2f}", *_shade(value))
+                for i, value in values.items()
+                if not math.isnan(value)
+            ],
+        )
 
 
 def _experts(load: list) -> list[str]:
@@ -252,10 +324,16 @@ def _shade(value: float) -> tuple[str, str]:
 def _rows(table: Table) -> Iterable[list[tuple[str, Any, str]]]:
     """(text, value to sort by, class) of each cell."""
     for i, (cells, row) in enumerate(zip(table.cells(), table.rows, strict=True)):
-        marks = ["best" if (i, c.key) in table.best else "tied" if (i, c.key) in table.tied else "" for c in table.columns]
+        marks = [
+            "best" if (i, c.key) in table.best else "tied" if (i, c.key) in table.tied else ""
+            for c in table.columns
+        ]
         values = [plain_value(row.get(c.key)) for c in table.columns]
         blank = [value is None or (isinstance(value, float) and math.isnan(value)) for value in values]
-        yield [(cell, "" if empty else value, mark) for cell, value, empty, mark in zip(cells, values, blank, marks, strict=True)]
+        yield [
+            (cell, "" if empty else value, mark)
+            for cell, value, empty, mark in zip(cells, values, blank, marks, strict=True)
+        ]
 
 
 def _picture(plot: plots.Plot) -> str:

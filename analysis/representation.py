@@ -1,4 +1,5 @@
-"""Collapse of representations: whether tuning shrinks hidden states, or pulls them towards the experts they are sent to.
+"""Collapse of representations: whether tuning shrinks hidden states, or pulls them towards the experts they
+are sent to.
 
 Pure functions; hidden states x [T, d] of real tokens. Sums are taken in fp64. What is undefined is NaN.
 """
@@ -14,13 +15,14 @@ from .experts import cka, effective_rank, spectrum
 
 
 def within_between(x: Tensor, membership: Tensor) -> Tensor:
-    """`RC = tr(S_W S_B^+)`, >= 0, smaller = more collapsed: router inputs within experts against between them. X-MoE, arXiv 2204.09179,
-    eq. 10; RC / K is NC1 of neural collapse, arXiv 2008.08186.
+    """`RC = tr(S_W S_B^+)`, >= 0, smaller = more collapsed: router inputs within experts against between
+    them. X-MoE, arXiv 2204.09179, eq. 10; RC / K is NC1 of neural collapse, arXiv 2008.08186.
 
-    membership [T, K]: shares of each token in each expert, one-hot for a top-1 choice; weighted class means and covariances. Exact by
-    K x K inverses: with M = [sqrt(n_k / N) (mu_k - mu)], G = M^T M and z_tk = M^T (x_t - mu_k), `RC = tr(G^+ G^+ sum_tk w_tk z z^T / N)`.
-    Invariant to scale and rotation. NaN where the class means do not differ. Under random labels it grows with N: read it beside
-    `shuffled_within_between` at the same N.
+    membership [T, K]: shares of each token in each expert, one-hot for a top-1 choice; weighted class means
+    and covariances. Exact by K x K inverses: with M = [sqrt(n_k / N) (mu_k - mu)], G = M^T M and z_tk = M^T
+    (x_t - mu_k), `RC = tr(G^+ G^+ sum_tk w_tk z z^T / N)`. Invariant to scale and rotation. NaN where the
+    class means do not differ. Under random labels it grows with N: read it beside `shuffled_within_between`
+    at the same N.
     """
     x, w = x.double(), membership.double()
     sizes = w.sum(0)
@@ -41,19 +43,22 @@ def within_between(x: Tensor, membership: Tensor) -> Tensor:
 
 
 def shuffled_within_between(x: Tensor, membership: Tensor, shuffles: int = 5, seed: int = 0) -> Tensor:
-    """Mean `within_between` with the memberships shuffled over tokens: what routing unrelated to x gives at this N."""
+    """Mean `within_between` with the memberships shuffled over tokens: what routing unrelated to x gives at
+    this N."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(x), generator=generator).to(x.device) for _ in range(shuffles)]
     return torch.stack([within_between(x, membership[order]) for order in orders]).mean()
 
 
 def clustering(rc: Tensor, shuffled: Tensor) -> Tensor:
-    """`ln(RC_shuffled / RC)`: 0 where routing is unrelated to geometry, large where tokens are clustered by expert."""
+    """`ln(RC_shuffled / RC)`: 0 where routing is unrelated to geometry, large where tokens are clustered by
+    expert."""
     return (shuffled / rc).log()
 
 
 def drift_cka(on: Tensor, off: Tensor) -> Tensor:
-    """Debiased linear CKA of hidden states [T, d] with and without the adapter, 1 = the same up to rotation and scale. arXiv 1905.00414."""
+    """Debiased linear CKA of hidden states [T, d] with and without the adapter, 1 = the same up to rotation
+    and scale. arXiv 1905.00414."""
     return cka(torch.stack([on, off]))[0, 1]
 
 
@@ -68,7 +73,8 @@ def erank(x: Tensor) -> Tensor:
 
 
 def token_similarity(x: Tensor) -> Tensor:
-    """Mean cosine over all pairs of different tokens, `(|sum_t x^_t|^2 - T) / (T (T - 1))`, -1 .. 1: anisotropy. arXiv 1909.00512."""
+    """Mean cosine over all pairs of different tokens, `(|sum_t x^_t|^2 - T) / (T (T - 1))`, -1 .. 1:
+    anisotropy. arXiv 1909.00512."""
     unit = torch.nn.functional.normalize(x.double(), dim=-1)
     count = len(x)
     return (unit.sum(0).square().sum() - unit.square().sum()) / (count * (count - 1))
@@ -82,7 +88,8 @@ def over_smoothing(x: Tensor, real: Tensor) -> Tensor:
 
 
 def span_share(x: Tensor, w: Tensor) -> Tensor:
-    """`|P_W X|_F^2 / |X|_F^2`, 0 .. 1: share of hidden states x [T, d] within the span of the router's rows w [E, d]; random: rank / d.
+    """`|P_W X|_F^2 / |X|_F^2`, 0 .. 1: share of hidden states x [T, d] within the span of the router's rows w
+    [E, d]; random: rank / d.
 
     X-MoE (arXiv 2204.09179, eq. 5) predicts that routing pulls hidden states there.
     """
@@ -96,4 +103,8 @@ def row_cosine(w: Tensor) -> Tensor:
     unit = torch.nn.functional.normalize(w.double(), dim=-1)
     cosines = (unit @ unit.T).abs()
     count = len(w)
-    return (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)) if count > 1 else cosines.new_tensor(math.nan)
+    return (
+        (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))
+        if count > 1
+        else cosines.new_tensor(math.nan)
+    )

@@ -1,7 +1,9 @@
-"""Routing: how decided a router is, which experts act together, and how its choices change with time, seed and depth.
+"""Routing: how decided a router is, which experts act together, and how its choices change with time, seed
+and depth.
 
-Pure functions of tensors; T tokens, E experts, leading axes (sites) are kept. Logarithms are natural. Sums over tokens (histograms,
-co-activation counts) add up over batches and ranks; what is made of them is the same as from all tokens at once.
+Pure functions of tensors; T tokens, E experts, leading axes (sites) are kept. Logarithms are natural. Sums
+over tokens (histograms, co-activation counts) add up over batches and ranks; what is made of them is the same
+as from all tokens at once.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ BINS = 64
 
 
 def router_entropy(probs: Tensor) -> Tensor:
-    """`H_t = -sum_e p_te ln p_te / ln E` [..., T], 0 .. 1, of rows that sum to one. Low beside an even load: specialised."""
+    """`H_t = -sum_e p_te ln p_te / ln E` [..., T], 0 .. 1, of rows that sum to one. Low beside an even load:
+    specialised."""
     return normalised_entropy(probs)
 
 
 def decisiveness(mean_probs: Tensor, mean_entropy: Tensor) -> Tensor:
-    """`I(expert; token) = H(mean_t p) - mean_t H(p_t)` in nats, 0 for a constant router of any kind, at most ln E.
+    """`I(expert; token) = H(mean_t p) - mean_t H(p_t)` in nats, 0 for a constant router of any kind, at most
+    ln E.
 
     mean_probs [..., E]; mean_entropy [...]: mean over tokens of the entropy in nats.
     """
@@ -34,17 +38,21 @@ def decisiveness(mean_probs: Tensor, mean_entropy: Tensor) -> Tensor:
 
 
 def histogram(values: Tensor, weights: Tensor) -> Tensor:
-    """Weights [..., T] of values [..., T] in 0 .. 1, summed in `BINS` equal bins: [..., BINS]. A weight of 0 leaves a value out."""
+    """Weights [..., T] of values [..., T] in 0 .. 1, summed in `BINS` equal bins: [..., BINS]. A weight of 0
+    leaves a value out."""
     rows = values.numel() // values.shape[-1]
     bins = (values.reshape(rows, -1) * BINS).long().clamp_(0, BINS - 1)
     bins += BINS * torch.arange(rows, device=values.device).unsqueeze(-1)
     flat = torch.zeros(rows * BINS, dtype=weights.dtype, device=values.device)
-    flat.scatter_add_(0, bins.flatten(), weights.expand(values.shape).reshape(-1))  # 1-D: deterministic on a GPU too
+    flat.scatter_add_(
+        0, bins.flatten(), weights.expand(values.shape).reshape(-1)
+    )  # 1-D: deterministic on a GPU too
     return flat.view(*values.shape[:-1], BINS)
 
 
 def quantile(counts: Tensor, q: float) -> Tensor:
-    """The q-quantile [...] of a histogram [..., BINS], even within a bin, so it is exact to 1 / BINS; NaN where nothing was counted."""
+    """The q-quantile [...] of a histogram [..., BINS], even within a bin, so it is exact to 1 / BINS; NaN
+    where nothing was counted."""
     counts = counts.double()
     total = counts.sum(-1, keepdim=True)
     cumulative = counts.cumsum(-1)
@@ -56,7 +64,8 @@ def quantile(counts: Tensor, q: float) -> Tensor:
 
 
 def margin(scores: Tensor, k: int) -> Tensor:
-    """Score of the k-th expert minus that of the (k+1)-th, [..., T], >= 0: how fragile a top-k choice is. Needs k < E."""
+    """Score of the k-th expert minus that of the (k+1)-th, [..., T], >= 0: how fragile a top-k choice is.
+    Needs k < E."""
     best = scores.topk(k + 1, -1).values
     return best[..., k - 1] - best[..., k]
 
@@ -68,12 +77,14 @@ def active_histogram(chosen: Tensor, real: Tensor) -> Tensor:
 
 
 def together(weights: Tensor) -> Tensor:
-    """`N_ij = sum_t w_ti w_tj` [..., E, E] of weights [..., T, E]; for choices (0 or 1) the tokens that use both. Padding: rows of 0."""
+    """`N_ij = sum_t w_ti w_tj` [..., E, E] of weights [..., T, E]; for choices (0 or 1) the tokens that use
+    both. Padding: rows of 0."""
     return weights.mT @ weights
 
 
 def coactivation(counts: Tensor) -> Tensor:
-    """`C_ij = N_ij / N_i` [..., E, E]: share of the tokens of expert i that also use j. OLMoE, arXiv 2409.02060. NaN for unused i."""
+    """`C_ij = N_ij / N_i` [..., E, E]: share of the tokens of expert i that also use j. OLMoE, arXiv
+    2409.02060. NaN for unused i."""
     return counts.double() / counts.double().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
 
 
@@ -84,7 +95,8 @@ def coactivation_peak(counts: Tensor) -> Tensor:
 
 
 def coactivation_excess(counts: Tensor, tokens: Tensor) -> Tensor:
-    """`mean_i max_{j != i} (C_ij - u_j)`, u_j = N_jj / T the usage of j, -1 .. 1: 0 where experts are used independently."""
+    """`mean_i max_{j != i} (C_ij - u_j)`, u_j = N_jj / T the usage of j, -1 .. 1: 0 where experts are used
+    independently."""
     usage = counts.double().diagonal(dim1=-2, dim2=-1) / tokens.double().unsqueeze(-1)
     itself = torch.eye(counts.shape[-1], device=counts.device).bool()
     highest = (coactivation(counts) - usage.unsqueeze(-2)).masked_fill(itself, -math.inf).amax(-1)
@@ -92,13 +104,15 @@ def coactivation_excess(counts: Tensor, tokens: Tensor) -> Tensor:
 
 
 def coactivation_cosine(counts: Tensor) -> Tensor:
-    """`N_ij / sqrt(N_ii N_jj)` [..., E, E]: cosine of the experts' weight columns, the form for soft mixtures."""
+    """`N_ij / sqrt(N_ii N_jj)` [..., E, E]: cosine of the experts' weight columns, the form for soft
+    mixtures."""
     norms = counts.double().diagonal(dim1=-2, dim2=-1).sqrt()
     return counts.double() / (norms.unsqueeze(-1) * norms.unsqueeze(-2))
 
 
 def agreement(before: Tensor, after: Tensor) -> Tensor:
-    """`mean_t |S_t cap S'_t| / |S_t|` [...], 0 .. 1, of two choices [..., T, E] bool on the same tokens; of top-k with fixed k.
+    """`mean_t |S_t cap S'_t| / |S_t|` [...], 0 .. 1, of two choices [..., T, E] bool on the same tokens; of
+    top-k with fixed k.
 
     With `after` the end of training, router saturation (OLMoE, arXiv 2409.02060); by chance k / E.
     """
@@ -106,20 +120,24 @@ def agreement(before: Tensor, after: Tensor) -> Tensor:
 
 
 def fluctuation(before: Tensor, after: Tensor) -> Tensor:
-    """`RF = 1 - mean_t |S_t cap S'_t| / k` [...], 0 .. 1; for k = 1 the share of tokens whose expert changed. X-MoE, arXiv 2204.09179."""
+    """`RF = 1 - mean_t |S_t cap S'_t| / k` [...], 0 .. 1; for k = 1 the share of tokens whose expert changed.
+    X-MoE, arXiv 2204.09179."""
     return 1 - agreement(before, after)
 
 
 def total_variation(before: Tensor, after: Tensor) -> Tensor:
-    """`0.5 mean_t sum_e |w^_te - w^'_te|` [...], 0 .. 1, w^ = `membership`: routing fluctuation of soft or variable choices."""
+    """`0.5 mean_t sum_e |w^_te - w^'_te|` [...], 0 .. 1, w^ = `membership`: routing fluctuation of soft or
+    variable choices."""
     return 0.5 * (membership(before.double()) - membership(after.double())).abs().sum(-1).mean(-1)
 
 
 def consistency(loads: Tensor, tables: Tensor | None = None) -> float:
-    """Mean Pearson correlation of load vectors [runs, E] over pairs of runs, -1 .. 1. X-MoE, arXiv 2204.09179.
+    """Mean Pearson correlation of load vectors [runs, E] over pairs of runs, -1 .. 1. X-MoE, arXiv
+    2204.09179.
 
-    Experts drawn at random have no identity across seeds: with tables [runs, E, classes] (each expert's share of each class) the
-    experts of two runs are matched first (`match`). Matching raises the value; compare with that of tables whose classes are shuffled.
+    Experts drawn at random have no identity across seeds: with tables [runs, E, classes] (each expert's share
+    of each class) the experts of two runs are matched first (`match`). Matching raises the value; compare
+    with that of tables whose classes are shuffled.
     """
     found = []
     for one, other in combinations(range(len(loads)), 2):
@@ -129,19 +147,26 @@ def consistency(loads: Tensor, tables: Tensor | None = None) -> float:
 
 
 def match(one: Tensor, other: Tensor) -> Tensor:
-    """For each expert of `one` [E, classes] its partner in `other` [E] int64, by least total squared distance (Hungarian method)."""
-    return torch.as_tensor(linear_sum_assignment(torch.cdist(one.double(), other.double()).square().numpy())[1])
+    """For each expert of `one` [E, classes] its partner in `other` [E] int64, by least total squared distance
+    (Hungarian method)."""
+    return torch.as_tensor(
+        linear_sum_assignment(torch.cdist(one.double(), other.double()).square().numpy())[1]
+    )
 
 
 def affinity(before: Tensor, after: Tensor) -> Tensor:
-    """`P(e at layer l+1 | e' at layer l)` [E', E], rows sum to 1, of weights [T, E'] and [T, E]. ExFlow, arXiv 2401.08383."""
+    """`P(e at layer l+1 | e' at layer l)` [E', E], rows sum to 1, of weights [T, E'] and [T, E]. ExFlow,
+    arXiv 2401.08383."""
     joint = joint_membership(before, after)
     return joint / joint.sum(-1, keepdim=True)
 
 
 def affinity_information(before: Tensor, after: Tensor) -> Tensor:
-    """`I(e_l; e_{l+1}) / ln E`, 0 .. 1 for as many experts in both layers: how much one layer's choice tells of the next's."""
-    return mutual_information(joint_membership(before, after)) / math.log(min(before.shape[-1], after.shape[-1]))
+    """`I(e_l; e_{l+1}) / ln E`, 0 .. 1 for as many experts in both layers: how much one layer's choice tells
+    of the next's."""
+    return mutual_information(joint_membership(before, after)) / math.log(
+        min(before.shape[-1], after.shape[-1])
+    )
 
 
 def joint_membership(before: Tensor, after: Tensor) -> Tensor:

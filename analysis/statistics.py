@@ -1,16 +1,21 @@
-"""Whether two methods differ, and how well it is known. Pure functions of arrays of right and wrong answers (S seeds, Q questions).
+"""Whether two methods differ, and how well it is known. Pure functions of arrays of right and wrong answers
+(S seeds, Q questions).
 
-A seed is one training run, so seeds are what a claim about *methods* rests on: two runs of one method differ in accuracy for reasons
-that no number of questions removes. A test over questions alone (McNemar, paired bootstrap) is about two trained *models*; used for
-methods it calls the same method, trained twice, different from itself far more often than in 5 % of cases (tested).
+A seed is one training run, so seeds are what a claim about *methods* rests on: two runs of one method differ
+in accuracy for reasons that no number of questions removes. A test over questions alone (McNemar, paired
+bootstrap) is about two trained *models*; used for methods it calls the same method, trained twice, different
+from itself far more often than in 5 % of cases (tested).
 
-`compare` therefore adds both sources of variance. With y_sq the answer of seed s to question q, and weights that sum to one,
+`compare` therefore adds both sources of variance. With y_sq the answer of seed s to question q, and weights
+that sum to one,
 
-    Var(difference) = V_seeds + max(0, V_questions - V_cells),    V_seeds = sum over both methods of Var_s(mean_q y_sq) / S
+    Var(difference) = V_seeds + max(0, V_questions - V_cells),    V_seeds = sum over both methods of
+                                                                  Var_s(mean_q y_sq) / S
 
-where V_questions is the variance over questions (clusters of questions that share a passage) of the difference of seed means, and
-V_cells the part of it that is seed-by-question noise, which V_seeds holds already. Two-way clustering: Cameron, Gelbach, Miller 2011,
-doi 10.1198/jbes.2010.07136; degrees of freedom by Satterthwaite, as in Welch's test, which this is when V_questions = V_cells.
+where V_questions is the variance over questions (clusters of questions that share a passage) of the
+difference of seed means, and V_cells the part of it that is seed-by-question noise, which V_seeds holds
+already. Two-way clustering: Cameron, Gelbach, Miller 2011, doi 10.1198/jbes.2010.07136; degrees of freedom by
+Satterthwaite, as in Welch's test, which this is when V_questions = V_cells.
 """
 
 from __future__ import annotations
@@ -48,7 +53,8 @@ class Comparison:
     effect: float
     """Hedges' g over seeds; NaN with one seed, or against something that has none."""
     detectable: float
-    """Difference that this design finds with probability `POWER`; NaN where no test of methods was possible."""
+    """Difference that this design finds with probability `POWER`; NaN where no test of methods was
+    possible."""
     seeds: tuple[int, int]
     questions: int
     about: str
@@ -56,7 +62,8 @@ class Comparison:
 
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Mean over seeds with Student's interval; none from one seed, nor from seeds that tie exactly, whose spread is unknown, not 0."""
+    """Mean over seeds with Student's interval; none from one seed, nor from seeds that tie exactly, whose
+    spread is unknown, not 0."""
     values = np.asarray(values, float)
     mean, n = values.mean(), len(values)
     if n < 2 or np.ptp(values) == 0:
@@ -66,14 +73,20 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 
 
 def iqm(scores: np.ndarray, axis: int | None = None) -> Any:
-    """Interquartile mean: the mean of what remains when the lowest and the highest quarter (rounded down) are cut. arXiv 2108.13264."""
+    """Interquartile mean: the mean of what remains when the lowest and the highest quarter (rounded down) are
+    cut. arXiv 2108.13264."""
     return stats.trim_mean(np.asarray(scores, float), 0.25, axis=axis)
 
 
 def stratified_bootstrap(
-    scores: np.ndarray, statistic: Callable[..., Any] = iqm, level: float = LEVEL, samples: int = 2000, seed: int = 0
+    scores: np.ndarray,
+    statistic: Callable[..., Any] = iqm,
+    level: float = LEVEL,
+    samples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
-    """Percentile interval of a statistic of scores [S, T]: seeds are drawn again within each task. arXiv 2108.13264.
+    """Percentile interval of a statistic of scores [S, T]: seeds are drawn again within each task. arXiv
+    2108.13264.
 
     statistic: takes an array and the `axis` to reduce, as `iqm` and `np.mean` do.
     """
@@ -88,16 +101,24 @@ def stratified_bootstrap(
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Exact two-sided p of two models on the same questions: of the questions that one alone answers rightly, as many for each."""
+    """Exact two-sided p of two models on the same questions: of the questions that one alone answers rightly,
+    as many for each."""
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def paired_bootstrap(
-    a: np.ndarray, b: np.ndarray, strata: Sequence, clusters: Sequence, level: float = LEVEL, samples: int = 2000, seed: int = 0
+    a: np.ndarray,
+    b: np.ndarray,
+    strata: Sequence,
+    clusters: Sequence,
+    level: float = LEVEL,
+    samples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
-    """Percentile interval of the difference of two models [Q]: clusters of questions are drawn again, within each stratum (task).
+    """Percentile interval of the difference of two models [Q]: clusters of questions are drawn again, within
+    each stratum (task).
 
     Strata have equal weight. A cluster is drawn whole; its stratum's mean is over the questions drawn.
     """
@@ -120,9 +141,11 @@ def compare(
     clusters: Sequence | None = None,
     fixed: tuple[bool, bool] = (False, False),
 ) -> Comparison:
-    """Two methods on the same questions, a [S, Q] against b [S', Q], accuracy averaged over strata (tasks) with equal weight.
+    """Two methods on the same questions, a [S, Q] against b [S', Q], accuracy averaged over strata (tasks)
+    with equal weight.
 
-    clusters: questions of equal value share a passage and are no independent evidence. fixed: this side has no seeds (a frozen base).
+    clusters: questions of equal value share a passage and are no independent evidence. fixed: this side has
+    no seeds (a frozen base).
     """
     a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
     questions = a.shape[1]
@@ -139,7 +162,14 @@ def compare(
     variance = (sum(seeds) or cells) + beyond
     parts = [(s, len(m) - 1) for s, m in zip(seeds, means, strict=True)] + [(beyond, layout.freedom)]
     effect = math.nan if any(fixed) else _hedges(*means)
-    return _tested(float(means[0].mean() - means[1].mean()), variance, _satterthwaite(parts), effect, (len(a), len(b)), questions)
+    return _tested(
+        float(means[0].mean() - means[1].mean()),
+        variance,
+        _satterthwaite(parts),
+        effect,
+        (len(a), len(b)),
+        questions,
+    )
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -171,7 +201,8 @@ class _Layout:
         self.freedom = sum(of.max() for _, of in self.groups)
 
     def between(self, values: np.ndarray) -> float:
-        """Variance of the weighted mean of values [Q] that comes from which questions (clusters) were asked."""
+        """Variance of the weighted mean of values [Q] that comes from which questions (clusters) were
+        asked."""
         total = 0.0
         for rows, of in self.groups:
             count = of.max() + 1
@@ -180,24 +211,38 @@ class _Layout:
         return total
 
     def cells(self, answers: np.ndarray) -> float:
-        """The part of `between(answers.mean(0))` that seed-by-question noise makes, from answers [S, Q]; 0 with one seed."""
+        """The part of `between(answers.mean(0))` that seed-by-question noise makes, from answers [S, Q]; 0
+        with one seed."""
         count = len(answers)
-        return sum(self.between(row) for row in answers - answers.mean(0)) / (count * (count - 1)) if count > 1 else 0.0
+        return (
+            sum(self.between(row) for row in answers - answers.mean(0)) / (count * (count - 1))
+            if count > 1
+            else 0.0
+        )
 
 
-def _compare_models(a: np.ndarray, b: np.ndarray, strata: np.ndarray, clusters: np.ndarray, seeds: tuple[int, int]) -> Comparison:
-    """Over questions alone: exact McNemar, or where questions share passages a t-test with clustered errors."""
+def _compare_models(
+    a: np.ndarray, b: np.ndarray, strata: np.ndarray, clusters: np.ndarray, seeds: tuple[int, int]
+) -> Comparison:
+    """Over questions alone: exact McNemar, or where questions share passages a t-test with clustered
+    errors."""
     interval = paired_bootstrap(a, b, strata, clusters)
     layout = _Layout(strata, clusters)
     if all(np.bincount(of).max() == 1 for _, of in layout.groups):
         p = mcnemar(a, b)
     else:
         error = math.sqrt(layout.between(a - b))
-        p = 2 * float(stats.t.sf(abs(interval.value) / error, layout.freedom)) if error else float(interval.value == 0)
+        p = (
+            2 * float(stats.t.sf(abs(interval.value) / error, layout.freedom))
+            if error
+            else float(interval.value == 0)
+        )
     return Comparison(interval, p, math.nan, math.nan, seeds, len(a), "models")
 
 
-def _tested(difference: float, variance: float, freedom: float, effect: float, seeds: tuple[int, int], questions: int) -> Comparison:
+def _tested(
+    difference: float, variance: float, freedom: float, effect: float, seeds: tuple[int, int], questions: int
+) -> Comparison:
     error = math.sqrt(variance)
     half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
     p = 2 * float(stats.t.sf(abs(difference) / error, freedom)) if error else float(difference == 0)
@@ -214,7 +259,8 @@ def _satterthwaite(parts: Sequence[tuple[float, float]]) -> float:
 
 
 def _hedges(a: np.ndarray, b: np.ndarray) -> float:
-    """Standardised difference of seeds, corrected for small samples: `g = (1 - 3 / (4 df - 1)) (mean a - mean b) / pooled sd`."""
+    """Standardised difference of seeds, corrected for small samples: `g = (1 - 3 / (4 df - 1)) (mean a - mean
+    b) / pooled sd`."""
     freedom = len(a) + len(b) - 2
     if min(len(a), len(b)) < 2:
         return math.nan

@@ -21,7 +21,8 @@ HEADLINE = {
     "expert_cka": "expert CKA",
     "erank_ratio": "erank ratio",
 }
-"""The five measures of a mixture that every leaderboard has, `headline/<name>` in metrics.json; definitions in this folder's README."""
+"""The five measures of a mixture that every leaderboard has, `headline/<name>` in metrics.json; definitions
+in this folder's README."""
 
 COST = (
     Column("parameters", "parameters", "count"),
@@ -31,64 +32,95 @@ COST = (
 
 
 def leaderboard(problem: Problem, pairs: list[Pair] | None = None) -> Table:
-    """Entries by accuracy: a column a task, their mean with its interval over seeds, IQM, cost, the five measures, remarks.
+    """Entries by accuracy: a column a task, their mean with its interval over seeds, IQM, cost, the five
+    measures, remarks.
 
-    Bold: the highest mean. Underlined: no difference to it is shown, by all pairs with Holm's correction, or none could be tested.
-    Entries without a finished run come last, with the reason.
+    Bold: the highest mean. Underlined: no difference to it is shown, by all pairs with Holm's correction, or
+    none could be tested. Entries without a finished run come last, with the reason.
     """
     pairs = problem.pairs() if pairs is None else pairs
     titles = problem.titles
     shared = {title.partition("@")[2] for title in titles}
     names = {title: title.partition("@")[0] if len(shared) == 1 else title for title in titles}
     finished = problem.finished
-    rows = [_row(problem, entry, titles) for entry in [*finished, *(e for e in problem.entries if e.finished.empty)]]
+    rows = [
+        _row(problem, entry, titles)
+        for entry in [*finished, *(e for e in problem.entries if e.finished.empty)]
+    ]
     columns = (
         Column("method", "method"), Column("n", "n", "count"),
         *(Column(title, names[title], "share") for title in titles), Column("mean", "mean", "share"),
         Column("iqm", "IQM", "ends"), Column("gain", "gain", "points"), *COST,
-        *(Column(f"headline/{name}", title, "number") for name, title in HEADLINE.items()), Column("remarks", "remarks"),
+        *(Column(f"headline/{name}", title, "number") for name, title in HEADLINE.items()),
+        Column("remarks", "remarks"),
     )  # fmt: skip
     best, tied = _marks(finished, rows, titles, pairs)
-    return Table(problem.name, columns, tuple(rows), tuple(_notes(problem, finished, rows, pairs)), best, tied)
+    return Table(
+        problem.name, columns, tuple(rows), tuple(_notes(problem, finished, rows, pairs)), best, tied
+    )
 
 
 def comparisons(problem: Problem, pairs: list[Pair]) -> Table:
-    """A pair a row: difference in points with its interval, p, Holm's p, effect size, detectable difference, verdict."""
+    """A pair a row: difference in points with its interval, p, Holm's p, effect size, detectable difference,
+    verdict."""
     columns = (
         Column("a", "a"), Column("b", "b"), Column("difference", "a - b", "points"), Column("p", "p", "p"),
-        Column("p_holm", "p (Holm)", "p"), Column("effect", "Hedges' g", "number"), Column("detectable", "detectable", "share"),
+        Column("p_holm", "p (Holm)", "p"), Column("effect", "Hedges' g", "number"),
+        Column("detectable", "detectable", "share"),
         Column("verdict", "verdict"),
     )  # fmt: skip
     rows = [
-        {"a": pair.a.label, "b": pair.b.label, "difference": pair.found.difference, "p": pair.found.p, "p_holm": pair.p_holm,
-         "effect": pair.found.effect, "detectable": pair.found.detectable, "verdict": pair.verdict}
+        {
+            "a": pair.a.label,
+            "b": pair.b.label,
+            "difference": pair.found.difference,
+            "p": pair.found.p,
+            "p_holm": pair.p_holm,
+            "effect": pair.found.effect,
+            "detectable": pair.found.detectable,
+            "verdict": pair.verdict,
+        }
         for pair in pairs
-    ]  # fmt: skip
+    ]
     one_seed = any(pair.found.about == "models" for pair in pairs)
     notes = (
         f"Differences in points of accuracy, intervals at {100 * LEVEL:.0f} % (not adjusted).",
-        f"Detectable: the difference that one comparison of this design finds in {100 * POWER:.0f} % of cases.",
-        *(["With one seed p is about two trained models, not about methods, and is not adjusted."] if one_seed else []),
+        f"Detectable: the difference that one comparison of this design finds in {100 * POWER:.0f} % "
+        "of cases.",
+        *(
+            ["With one seed p is about two trained models, not about methods, and is not adjusted."]
+            if one_seed
+            else []
+        ),
     )
     return Table(f"{problem.name}: comparisons", columns, tuple(rows), notes)
 
 
 def ablation(problem: Problem, control: Entry) -> Table:
-    """One factor at a time against the control: factor, its value there and here, difference with interval, parameters."""
+    """One factor at a time against the control: factor, its value there and here, difference with interval,
+    parameters."""
     changed = {entry.label: factors(control, entry) for entry in problem.entries if entry is not control}
     single = [e for e in problem.entries if len(changed.get(e.label, ())) == 1]
     pairs = {pair.a.label: pair for pair in problem.pairs(control, single)}
     columns = (
-        Column("factor", "factor"), Column("value", "value"), Column("n", "n", "count"), Column("mean", "mean", "share"),
-        Column("difference", "difference", "points"), Column("p_holm", "p (Holm)", "p"), Column("detectable", "detectable", "share"),
+        Column("factor", "factor"), Column("value", "value"), Column("n", "n", "count"),
+        Column("mean", "mean", "share"),
+        Column("difference", "difference", "points"), Column("p_holm", "p (Holm)", "p"),
+        Column("detectable", "detectable", "share"),
         *COST, Column("remarks", "remarks"),
     )  # fmt: skip
     rows = [_row(problem, control, problem.titles, control) | {"factor": "(control)", "value": control.label}]
     for entry in sorted(single, key=lambda e: next(iter(changed[e.label]))):
         ((factor, value),) = changed[entry.label].items()
         pair = pairs.get(entry.label)
-        tested = {"difference": pair.found.difference, "p_holm": pair.p_holm, "detectable": pair.found.detectable} if pair else {}
-        rows.append(_row(problem, entry, problem.titles, control) | {"factor": factor, "value": value} | tested)
+        tested = (
+            {"difference": pair.found.difference, "p_holm": pair.p_holm, "detectable": pair.found.detectable}
+            if pair
+            else {}
+        )
+        rows.append(
+            _row(problem, entry, problem.titles, control) | {"factor": factor, "value": value} | tested
+        )
     many = [label for label, found in changed.items() if len(found) > 1]
     notes = [pair.words() for pair in pairs.values()]
     if many:
@@ -99,7 +131,8 @@ def ablation(problem: Problem, control: Entry) -> Table:
 
 
 def factors(control: Entry, other: Entry) -> dict[str, str]:
-    """Factor -> "there -> here". The options of a part whose `kind` changes are one factor with it; the method's name is none."""
+    """Factor -> "there -> here". The options of a part whose `kind` changes are one factor with it; the
+    method's name is none."""
     keys = [key for key in differences([control.setting, other.setting]) if key != "method.name"]
     parts = [key.removesuffix(".kind") for key in keys if key.endswith(".kind")]
     owner = {key: next((part for part in parts if key.startswith(f"{part}.")), key) for key in keys}
@@ -111,48 +144,84 @@ def factors(control: Entry, other: Entry) -> dict[str, str]:
     return found
 
 
-def _row(problem: Problem, entry: Entry, titles: Iterable[str], reference: Entry | None = None) -> dict[str, Any]:
+def _row(
+    problem: Problem, entry: Entry, titles: Iterable[str], reference: Entry | None = None
+) -> dict[str, Any]:
     """A row of a leaderboard; values that no finished run has are absent or NaN."""
-    row: dict[str, Any] = {"method": entry.label, "n": len(entry.finished), "remarks": "; ".join(problem.remarks(entry, reference))}
+    row: dict[str, Any] = {
+        "method": entry.label,
+        "n": len(entry.finished),
+        "remarks": "; ".join(problem.remarks(entry, reference)),
+    }
     if entry.finished.empty:
         return row
     scores = entry.finished[[f"eval/{title}/acc" for title in titles]].to_numpy(float)
     row |= {title: scores[:, i].mean() for i, title in enumerate(titles)}
     if scores.size:
-        row["mean"] = Interval(float(scores.mean()), math.nan, math.nan) if entry.seedless else t_interval(scores.mean(1))
+        row["mean"] = (
+            Interval(float(scores.mean()), math.nan, math.nan)
+            if entry.seedless
+            else t_interval(scores.mean(1))
+        )
         if len(scores) > 1 and scores.size >= 4 and not entry.seedless:
             row["iqm"] = stratified_bootstrap(scores, iqm)
         base = [entry.mean(f"base/{title}/acc") for title in titles]
         row["gain"] = math.nan if entry.seedless else float(scores.mean() - np.mean(base))
     steps = entry.mean("train/steps")
-    row |= {"parameters": entry.mean("params/trainable"), "step_seconds": entry.mean("train/seconds") / steps if steps else math.nan}
+    row |= {
+        "parameters": entry.mean("params/trainable"),
+        "step_seconds": entry.mean("train/seconds") / steps if steps else math.nan,
+    }
     row["memory"] = entry.mean("memory/peak_bytes")
     return row | {f"headline/{name}": entry.mean(f"headline/{name}") for name in HEADLINE}
 
 
-def _marks(entries: list[Entry], rows: list[dict], titles: list[str], pairs: list[Pair]) -> tuple[frozenset, frozenset]:
-    """Cells in bold (the highest mean, the highest of each task) and underlined (means not shown to be lower)."""
+def _marks(
+    entries: list[Entry], rows: list[dict], titles: list[str], pairs: list[Pair]
+) -> tuple[frozenset, frozenset]:
+    """Cells in bold (the highest mean, the highest of each task) and underlined (means not shown to be
+    lower)."""
     if not entries or not titles:
         return frozenset(), frozenset()
     best = {(int(np.nanargmax([row[title] for row in rows[: len(entries)]])), title) for title in titles}
-    beaten = {pair.b.label for pair in pairs if pair.a is entries[0] and pair.shown and pair.found.difference.value > 0}
+    beaten = {
+        pair.b.label
+        for pair in pairs
+        if pair.a is entries[0] and pair.shown and pair.found.difference.value > 0
+    }
     tied = {(i, "mean") for i, entry in enumerate(entries) if i and entry.label not in beaten}
     return frozenset({*best, (0, "mean")}), frozenset(tied)
 
 
 def _notes(problem: Problem, finished: list[Entry], rows: list[dict], pairs: list[Pair]) -> list[str]:
     family = next((pair.family for pair in pairs if pair.family), 0)
-    tested = f"no difference to the highest mean shown (two-sided, Holm over {family} comparisons)" if family else "not tested against it"
+    tested = (
+        f"no difference to the highest mean shown (two-sided, Holm over {family} comparisons)"
+        if family
+        else "not tested against it"
+    )
     notes = [
-        f"Accuracy in %; ±: half the {100 * LEVEL:.0f} % interval over n seeds; IQM: interquartile mean over tasks and seeds with its "
+        f"Accuracy in %; ±: half the {100 * LEVEL:.0f} % interval over n seeds; IQM: interquartile "
+        "mean over tasks and seeds with its "
         f"bootstrap interval; gain: points over the frozen base. Bold: highest; underlined: {tested}."
     ]
-    unequal = [row["method"] for row, entry in zip(rows, finished, strict=False) if " x the parameters" in row["remarks"]]
+    unequal = [
+        row["method"]
+        for row, entry in zip(rows, finished, strict=False)
+        if " x the parameters" in row["remarks"]
+    ]
     if unequal:
         notes.append(f"Unequal budgets: {', '.join(unequal)} (remarks).")
-    without = [e.label for e in finished if not e.seedless and all(math.isnan(e.mean(f"headline/{name}")) for name in HEADLINE)]
+    without = [
+        e.label
+        for e in finished
+        if not e.seedless and all(math.isnan(e.mean(f"headline/{name}")) for name in HEADLINE)
+    ]
     if without:
-        notes.append(f"No routing and collapse measures in the runs of {', '.join(without)} (no experts, or an older schema).")
+        notes.append(
+            f"No routing and collapse measures in the runs of {', '.join(without)} (no experts, or an "
+            "older schema)."
+        )
     return notes
 
 
@@ -160,4 +229,8 @@ def inventory(study: Study) -> Table:
     """Every run that is no result: which, its state, why."""
     lost = study.runs[study.runs["state"] != "finished"]
     columns = (Column("run", "run"), Column("state", "state"), Column("reason", "reason"))
-    return Table("Runs without a result", columns, tuple(lost[["run", "state", "reason"]].replace({pd.NA: None}).to_dict("records")))
+    return Table(
+        "Runs without a result",
+        columns,
+        tuple(lost[["run", "state", "reason"]].replace({pd.NA: None}).to_dict("records")),
+    )

@@ -1,7 +1,8 @@
-"""Token batches for training and evaluation: encoded as lm-eval encodes, masked exactly, and handed to models that may want to know more.
+"""Token batches for training and evaluation: encoded as lm-eval encodes, masked exactly, and handed to models
+that may want to know more.
 
-Texts are padded on the right, prompts that something will follow on the left: what follows then stands beside its prompt, as in a
-batch of one, whatever a model makes of distances (sliding windows, learned positions).
+Texts are padded on the right, prompts that something will follow on the left: what follows then stands beside
+its prompt, as in a batch of one, whatever a model makes of distances (sliding windows, learned positions).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids; those from `start` on are the answer. skill: number of what must be done, for routers that are told; -1: not known."""
+    """Token ids; those from `start` on are the answer. skill: number of what must be done, for routers that
+    are told; -1: not known."""
 
     ids: list[int]
     start: int
@@ -38,13 +40,16 @@ class Example:
         return replace(self, ids=self.ids[: self.start])
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], eos: bool = False) -> list[Example]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], eos: bool = False
+) -> list[Example]:
     """(prompt, answer) pairs as tokens; `eos` ends each answer with the tokenizer's end token.
 
-    The whole text is encoded, and the prompt is those tokens that it begins with when encoded alone. Where it ends in blanks, it is
-    those that it has before any answer: most tokenizers join the last blank with a word that follows, some not with a number, and
-    training and generation must go on from the same token. lm-eval gives all such blanks to the answer; otherwise it cuts where this
-    does, but for tokens that reach over the end of a prompt. Each distinct text is encoded once, in one batch.
+    The whole text is encoded, and the prompt is those tokens that it begins with when encoded alone. Where it
+    ends in blanks, it is those that it has before any answer: most tokenizers join the last blank with a word
+    that follows, some not with a number, and training and generation must go on from the same token. lm-eval
+    gives all such blanks to the answer; otherwise it cuts where this does, but for tokens that reach over the
+    end of a prompt. Each distinct text is encoded once, in one batch.
     """
     probes = {prompt: prompt + PROBE for prompt, _ in pairs if prompt[-1:].isspace()}
     texts = list(dict.fromkeys(text for p, a in pairs for text in (p, p + a, probes.get(p, p))))
@@ -76,10 +81,11 @@ def _common(one: list[int], other: list[int]) -> int:
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, Tensor | int]:
-    """[B, L] tensors: input_ids, attention_mask, labels (-100 on prompt and padding), prompt_mask (True on prompt tokens).
+    """[B, L] tensors: input_ids, attention_mask, labels (-100 on prompt and padding), prompt_mask (True on
+    prompt tokens).
 
-    Also skill_ids [B] (-1: not known), and `kept`, a number: how many of the last columns a loss over the answers reads (a token is
-    predicted one column before it).
+    Also skill_ids [B] (-1: not known), and `kept`, a number: how many of the last columns a loss over the
+    answers reads (a token is predicted one column before it).
     """
     length = max(len(e.ids) for e in examples)
     ids = torch.tensor([e.ids + [pad] * (length - len(e.ids)) for e in examples])
@@ -97,7 +103,8 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, Tensor | int]:
 
 
 def collate_prompts(prompts: Sequence[Sequence[int]], skills: Sequence[int], pad: int) -> dict[str, Tensor]:
-    """[B, L] tensors of prompts padded on the left: input_ids, attention_mask, position_ids, prompt_mask; and skill_ids [B]."""
+    """[B, L] tensors of prompts padded on the left: input_ids, attention_mask, position_ids, prompt_mask; and
+    skill_ids [B]."""
     length = max(map(len, prompts))
     real = torch.arange(length) >= torch.tensor([[length - len(ids)] for ids in prompts])
     return {
@@ -109,7 +116,9 @@ def collate_prompts(prompts: Sequence[Sequence[int]], skills: Sequence[int], pad
     }
 
 
-def forward(model: torch.nn.Module, batch: dict[str, Tensor], kept: int, inner: torch.nn.Module | None = None) -> Tensor:
+def forward(
+    model: torch.nn.Module, batch: dict[str, Tensor], kept: int, inner: torch.nn.Module | None = None
+) -> Tensor:
     """Logits [B, kept, V] of the last `kept` columns.
 
     inner: the model inside, where `model` is a wrapper for several processes.
@@ -118,9 +127,13 @@ def forward(model: torch.nn.Module, batch: dict[str, Tensor], kept: int, inner: 
 
 
 def check_numbers(bad: bool) -> None:
-    """Raise RunError if logits were NaN: the first choice would win every question, which looks like a result."""
+    """Raise RunError if logits were NaN: the first choice would win every question, which looks like a
+    result."""
     if bad:
-        raise RunError("the model's logits are not numbers (NaN): training diverged; expected a smaller train.lr or a train.max_grad_norm.")
+        raise RunError(
+            "the model's logits are not numbers (NaN): training diverged; expected a smaller "
+            "train.lr or a train.max_grad_norm."
+        )
 
 
 EXTRAS = ("prompt_mask", "skill_ids")
@@ -139,7 +152,8 @@ def _device(model: torch.nn.Module) -> torch.device:
 
 
 def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of `size`, longest first, so that little is padded and a batch that does not fit fails at once."""
+    """Indices in batches of `size`, longest first, so that little is padded and a batch that does not fit
+    fails at once."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
@@ -147,8 +161,9 @@ def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
 def training_order(lengths: Sequence[int], batch: int, steps: int, seed: int) -> list[int]:
     """Indices of `steps * batch` examples: whole shuffled passes over the data, similar lengths in one batch.
 
-    A pure function of its arguments, so a resumed run sees what the uninterrupted one sees. The shuffled stream is cut into pools of
-    50 batches; each pool is sorted by length and its batches shuffled, so that batches still come in random order.
+    A pure function of its arguments, so a resumed run sees what the uninterrupted one sees. The shuffled
+    stream is cut into pools of 50 batches; each pool is sorted by length and its batches shuffled, so that
+    batches still come in random order.
     """
     rng, stream, order = random.Random(seed), [], []
     while len(stream) < steps * batch:

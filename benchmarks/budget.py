@@ -1,17 +1,21 @@
 """`budget=`: the same cost for every method of a study, since a comparison at unequal budgets is none.
 
-    budget=lora_r16            as many trainable parameters as LoRA of rank 16 (or any method: budget=moa_soft, budget=molora_r4)
+    budget=lora_r16            as many trainable parameters as LoRA of rank 16 (or any method:
+                               budget=moa_soft, budget=molora_r4)
     budget=0.5%  budget=2M     a share of the base's parameters; a number (k, M, B)
-    budget=lora_r16 budget.match=flops      as many FLOPs in training as LoRA of rank 16 spends in `train.steps`
+    budget=lora_r16 budget.match=flops      as many FLOPs in training as LoRA of rank 16 spends in
+                                            `train.steps`
     budget=lora_r16 budget.match=time       as many seconds
 
-match=params scales the sizes of the experts (rank, bottleneck width, prompt length) in the proportions of the method's file until all
-trainable parameters, routers and gates included, are as many as the budget's. `alpha` follows the rank, so that the factor of an
-expert's update stays (but with rslora, whose point is another factor). Where a whole step of the sizes is too coarse, some layers, evenly
-spread, take it and others do not; within a layer the experts stay alike. Numbers of experts never change. match=flops and match=time leave
-the sizes alone and change how long is trained.
+match=params scales the sizes of the experts (rank, bottleneck width, prompt length) in the proportions of the
+method's file until all trainable parameters, routers and gates included, are as many as the budget's. `alpha`
+follows the rank, so that the factor of an expert's update stays (but with rslora, whose point is another
+factor). Where a whole step of the sizes is too coarse, some layers, evenly spread, take it and others do not;
+within a layer the experts stay alike. Numbers of experts never change. match=flops and match=time leave the
+sizes alone and change how long is trained.
 
-Imports torch only to solve; solutions are kept in `<runs_dir>/.budget`, so that a finished run is found without it.
+Imports torch only to solve; solutions are kept in `<runs_dir>/.budget`, so that a finished run is found
+without it.
 """
 
 from __future__ import annotations
@@ -42,13 +46,15 @@ class BudgetConfig:
     """What every method of a study may cost."""
 
     size: str | int | float = "none"
-    """none; `<method>` or `<method>_r<rank>`; `<x>%` of the base's parameters; or a number of parameters with k, M or B."""
+    """none; `<method>` or `<method>_r<rank>`; `<x>%` of the base's parameters; or a number of parameters with
+    k, M or B."""
     match: Literal["params", "flops", "time"] = "params"
     """Trainable parameters; or FLOPs or seconds of training."""
     tolerance: Positive = 0.02
     """How far the parameters may be from the budget's, as a share of it."""
     reference_length: Positive | None = None
-    """Steps or epochs of the reference, with match=flops and time; filled in when the length of training is solved for."""
+    """Steps or epochs of the reference, with match=flops and time; filled in when the length of training is
+    solved for."""
 
     def __post_init__(self) -> None:
         goal = Goal.read(self.size)
@@ -78,14 +84,17 @@ class Goal:
                 return cls("count", count)
         elif (found := re.fullmatch(r"([a-z]\w*?)(?:_r([1-9]\d*))?", text)) and found[1] in sized():
             return cls("method", method=_of_rank(catalog.raw(found[1]), found[2] and int(found[2])))
-        expected = "none, a method (lora_r16, moa_soft), a share of the base (0.5%) or a number of parameters (2M)"
+        expected = (
+            "none, a method (lora_r16, moa_soft), a share of the base (0.5%) or a number of parameters (2M)"
+        )
         near = nearest(text, ["none", *(name + rank for name in sized() for rank in ("", "_r16"))])
         raise ConfigError(f"size={size!r}: expected {expected}.{near if 'mean' in near else ''}")
 
 
 @dataclass(frozen=True)
 class Dial:
-    """The size of the experts of one bank: an option, where it stands in the method's data, its value there."""
+    """The size of the experts of one bank: an option, where it stands in the method's data, its value
+    there."""
 
     keys: tuple[str, ...]
     bank: Experts
@@ -97,7 +106,11 @@ class Dial:
 
     def at(self, scale: float) -> Size:
         """The size times `scale`, rounded down, at least 1."""
-        return tuple(_down(part * scale) for part in self.size) if isinstance(self.size, tuple) else _down(self.size * scale)
+        return (
+            tuple(_down(part * scale) for part in self.size)
+            if isinstance(self.size, tuple)
+            else _down(self.size * scale)
+        )
 
     def next(self, scale: float) -> float:
         """The least scale above `scale` at which the size is larger."""
@@ -162,7 +175,8 @@ def _scaled(data: Mapping[str, Any], sizes: Mapping[Dial, Size]) -> dict[str, An
 
 @dataclass(frozen=True)
 class Solution:
-    """What a method gets. target, reached: parameters (match=params), or FLOPs or seconds of training; `words` says it."""
+    """What a method gets. target, reached: parameters (match=params), or FLOPs or seconds of training;
+    `words` says it."""
 
     method: dict[str, Any]
     length: float
@@ -173,12 +187,17 @@ class Solution:
 
 
 def apply(cfg: RunConfig) -> tuple[RunConfig, Solution | None]:
-    """The config with what its budget gives its method; None without a budget, and for methods that no budget sizes (full, none).
+    """The config with what its budget gives its method; None without a budget, and for methods that no budget
+    sizes (full, none).
 
-    A config that meets its budget already is left as it is, so one that was solved stays. Raises ConfigError where the budget cannot be
-    met.
+    A config that meets its budget already is left as it is, so one that was solved stays. Raises ConfigError
+    where the budget cannot be met.
     """
-    if cfg.budget.size == "none" or cfg.parsed_method.tuner in ("full", "none") or cfg.budget.reference_length is not None:
+    if (
+        cfg.budget.size == "none"
+        or cfg.parsed_method.tuner in ("full", "none")
+        or cfg.budget.reference_length is not None
+    ):
         return cfg, None
     from moabench.benchmarks import environment
     from moabench.benchmarks.config import digest
@@ -193,7 +212,9 @@ def apply(cfg: RunConfig) -> tuple[RunConfig, Solution | None]:
         "device": cfg.device if cfg.budget.match == "time" else None,
         "threads": cfg.threads if cfg.budget.match == "time" else None,
     }
-    file = Path(cfg.runs_dir).expanduser() / ".budget" / f"{cfg.parsed_method.name}-{digest(question)[:16]}.json"
+    file = (
+        Path(cfg.runs_dir).expanduser() / ".budget" / f"{cfg.parsed_method.name}-{digest(question)[:16]}.json"
+    )
     known = files.read_json(file)
     if known is None:
         solution = solve(cfg)
@@ -219,7 +240,11 @@ def solve(cfg: RunConfig) -> Solution:
     if cfg.budget.match != "params":
         return _length(cfg, goal)
     skeleton = Skeleton(cfg)
-    target = {"count": lambda: goal.value, "share": lambda: goal.value * skeleton.size, "method": lambda: skeleton.count(goal.method)}
+    target = {
+        "count": lambda: goal.value,
+        "share": lambda: goal.value * skeleton.size,
+        "method": lambda: skeleton.count(goal.method),
+    }
     return _sizes(cfg, skeleton, target[goal.kind]())
 
 
@@ -235,7 +260,8 @@ class Skeleton:
         self.layers = base.config.get_text_config().num_hidden_layers
 
     def attached(self, data: Mapping[str, Any]) -> Any:
-        """A new copy of the base with a method on it, on the meta device: nothing that is done with it computes anything."""
+        """A new copy of the base with a method on it, on the meta device: nothing that is done with it
+        computes anything."""
         from moabench import methods
 
         return methods.attach(self._build(), data).to("meta")
@@ -248,25 +274,34 @@ class Skeleton:
 
 
 def _sizes(cfg: RunConfig, skeleton: Skeleton, target: float) -> Solution:
-    """The sizes that come nearest to `target` trainable parameters: the same in all layers if that is within the tolerance."""
+    """The sizes that come nearest to `target` trainable parameters: the same in all layers if that is within
+    the tolerance."""
     method = cfg.parsed_method
 
     def solution(data: Mapping[str, Any], count: int, sizes: str) -> Solution:
-        words = f"{method.name} gets {count:,} trainable parameters ({100 * (count / target - 1):+.1f} %): {sizes}"
+        words = (
+            f"{method.name} gets {count:,} trainable parameters ({100 * (count / target - 1):+.1f} "
+            f"%): {sizes}"
+        )
         return Solution(dict(data), 1.0, target, count, f"budget {cfg.budget.size} = {target:,.0f}; {words}")
 
     given = skeleton.count(cfg.method)
     if abs(given - target) <= cfg.budget.tolerance * target:
         return solution(cfg.method, given, "the sizes of its config")
     if method.layers:
-        raise ConfigError(f"budget.size={cfg.budget.size}: {method.name} sets sizes by layer (method.layers); expected those or a budget.")
+        raise ConfigError(
+            f"budget.size={cfg.budget.size}: {method.name} sets sizes by layer (method.layers); "
+            "expected those or a budget."
+        )
     found = dials(method)
     # Every size is set, since a bank that sets none takes the main one's.
     doubled = [_scaled(cfg.method, {d: d.at(2 if d is one else 1) for d in found}) for one in found]
     slopes = [(skeleton.count(data) - given) / total(d.size) for d, data in zip(found, doubled, strict=True)]
 
     def predicted(scale: float) -> float:
-        return given + sum(slope * (total(d.at(scale)) - total(d.size)) for d, slope in zip(found, slopes, strict=True))
+        return given + sum(
+            slope * (total(d.at(scale)) - total(d.size)) for d, slope in zip(found, slopes, strict=True)
+        )
 
     low = 0.0
     while predicted(step := min(d.next(low) for d in found)) <= target:
@@ -286,14 +321,18 @@ def _sizes(cfg: RunConfig, skeleton: Skeleton, target: float) -> Solution:
         can = " or ".join(f"{count:,} ({sizes})" for count, _, sizes in tried)
         rest = predicted(0.0) - sum(slope * total(d.at(0.0)) for d, slope in zip(found, slopes, strict=True))
         raise ConfigError(
-            f"budget.size={cfg.budget.size}: {method.name} cannot have {target:,.0f} trainable parameters within "
-            f"{cfg.budget.tolerance:.0%}; it can have {can}, of which {rest:,.0f} lie outside of experts. Expected another budget, or "
+            f"budget.size={cfg.budget.size}: {method.name} cannot have {target:,.0f} trainable "
+            "parameters within "
+            f"{cfg.budget.tolerance:.0%}; it can have {can}, of which {rest:,.0f} lie outside of "
+            "experts. Expected another budget, or "
             "another number of experts."
         )
     return solution(best[1], best[0], best[2])
 
 
-def _layered(below: dict, above: dict, sizes: list[dict[Dial, Size]], many: int, skeleton: Skeleton) -> tuple[int, dict, str]:
+def _layered(
+    below: dict, above: dict, sizes: list[dict[Dial, Size]], many: int, skeleton: Skeleton
+) -> tuple[int, dict, str]:
     """`below` with the sizes of `above` in `many` layers, evenly spread."""
     if many in (0, skeleton.layers):
         data = above if many else below
@@ -304,28 +343,42 @@ def _layered(below: dict, above: dict, sizes: list[dict[Dial, Size]], many: int,
         changes = catalog.override(changes, dial.changes(size))
     data = catalog.override(below, {"layers": {spread: changes}})
     larger = {d: size for d, size in sizes[1].items() if size != sizes[0][d]}
-    return skeleton.count(data), data, f"{_listed(sizes[0])}; {_listed(larger)} in layers {spread.replace('+', ', ')}"
+    return (
+        skeleton.count(data),
+        data,
+        f"{_listed(sizes[0])}; {_listed(larger)} in layers {spread.replace('+', ', ')}",
+    )
 
 
 def _listed(sizes: Mapping[Dial, Size]) -> str:
-    return ", ".join(f"{d.label} {list(size) if isinstance(size, tuple) else size}" for d, size in sizes.items())
+    return ", ".join(
+        f"{d.label} {list(size) if isinstance(size, tuple) else size}" for d, size in sizes.items()
+    )
 
 
 def _length(cfg: RunConfig, goal: Goal) -> Solution:
     """How much shorter or longer the method trains than the reference, for equal FLOPs or seconds."""
     flops = cfg.budget.match == "flops"
     own, reference = (_flops if flops else _seconds)(cfg, [cfg.method, goal.method])
-    name, cost = cfg.parsed_method.name, f"{own / reference:.3f} times the {'FLOPs' if flops else 'seconds'} of one of {cfg.budget.size}"
-    words = f"budget {cfg.budget.size}: a step of {name} takes {cost}, so it trains {reference / own:.3f} times as long"
+    name, cost = (
+        cfg.parsed_method.name,
+        f"{own / reference:.3f} times the {'FLOPs' if flops else 'seconds'} of one of {cfg.budget.size}",
+    )
+    words = (
+        f"budget {cfg.budget.size}: a step of {name} takes {cost}, so it trains {reference / own:.3f} "
+        "times as long"
+    )
     return Solution(dict(cfg.method), reference / own, reference, own, words)
 
 
 LENGTH = 64
-"""Tokens of a sequence on which a step's cost is taken. The ratio of two methods hardly depends on it: attention is the same in both."""
+"""Tokens of a sequence on which a step's cost is taken. The ratio of two methods hardly depends on it:
+attention is the same in both."""
 
 
 def _flops(cfg: RunConfig, datas: list[Mapping[str, Any]]) -> list[float]:
-    """FLOPs of a training step's forward and backward pass under each method, counted operator by operator without computing."""
+    """FLOPs of a training step's forward and backward pass under each method, counted operator by operator
+    without computing."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -339,7 +392,8 @@ def _flops(cfg: RunConfig, datas: list[Mapping[str, Any]]) -> list[float]:
 
 
 def _seconds(cfg: RunConfig, datas: list[Mapping[str, Any]]) -> list[float]:
-    """Seconds of a training step's forward and backward pass under each method, on the run's device: medians of interleaved steps."""
+    """Seconds of a training step's forward and backward pass under each method, on the run's device: medians
+    of interleaved steps."""
     import torch
 
     from moabench import methods

@@ -1,10 +1,12 @@
-"""Tokenised texts, kept by content: the same texts with the same tokenizer are encoded once for all runs of a folder.
+"""Tokenised texts, kept by content: the same texts with the same tokenizer are encoded once for all runs of a
+folder.
 
     examples = encoded(runs_dir / ".cache", tokenizer, pairs, eos=True, encode=batches.encode)
 
-A file's name is the hash of all that the tokens depend on: the texts, the tokenizer with its special tokens, `eos`, the source of
-`encode`'s module, and the versions of the libraries. Nothing has to be invalidated by hand. Files appear whole (`files.write`), so
-processes may share a folder; a file that cannot be read, or whose checksums are wrong, is made anew.
+A file's name is the hash of all that the tokens depend on: the texts, the tokenizer with its special tokens,
+`eos`, the source of `encode`'s module, and the versions of the libraries. Nothing has to be invalidated by
+hand. Files appear whole (`files.write`), so processes may share a folder; a file that cannot be read, or
+whose checksums are wrong, is made anew.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ Pairs = Sequence[tuple[str, str]]
 FEWEST = 500
 """Smaller sets are encoded each time: that takes as long as looking for a file."""
 LIMIT = 2**30
-"""Bytes of a folder. When a file is added, those that have not been used for longest go until the rest fits."""
+"""Bytes of a folder. When a file is added, those that have not been used for longest go until the rest
+fits."""
 ABANDONED = 24 * 3600
 """Seconds after which a half-written file belongs to nobody."""
 
@@ -48,7 +51,8 @@ def encoded(
     encode: Callable[..., list[Example]],
     limit: int = LIMIT,
 ) -> list[Example]:
-    """`encode(tokenizer, pairs, eos)`, from `folder` where it was done before. Tokenizers written in Python are not cached."""
+    """`encode(tokenizer, pairs, eos)`, from `folder` where it was done before. Tokenizers written in Python
+    are not cached."""
     if len(pairs) < FEWEST or not tokenizer.is_fast:
         return encode(tokenizer, pairs, eos)
     path = Path(folder).expanduser() / f"{key(tokenizer, pairs, eos, encode)}.npz"
@@ -63,7 +67,9 @@ def encoded(
     return examples
 
 
-def key(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, eos: bool, encode: Callable[..., list[Example]]) -> str:
+def key(
+    tokenizer: PreTrainedTokenizerBase, pairs: Pairs, eos: bool, encode: Callable[..., list[Example]]
+) -> str:
     """SHA-256 (hex) of everything that the tokens depend on."""
     content = hashlib.sha256()
     state = {
@@ -84,7 +90,8 @@ def key(tokenizer: PreTrainedTokenizerBase, pairs: Pairs, eos: bool, encode: Cal
 
 
 def _read(path: Path, count: int) -> list[Example] | None:
-    """The examples of a file; None if there is none, or none that can be used. A zip file checks its members' CRC when they are read."""
+    """The examples of a file; None if there is none, or none that can be used. A zip file checks its members'
+    CRC when they are read."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             ids, lengths, starts = stored["ids"], stored["lengths"], stored["starts"]
@@ -93,7 +100,10 @@ def _read(path: Path, count: int) -> list[Example] | None:
     if not (len(lengths) == len(starts) == count and lengths.sum() == len(ids)):
         return None
     flat, ends = ids.tolist(), np.cumsum(lengths).tolist()
-    return [Example(flat[end - length : end], start) for end, length, start in zip(ends, lengths.tolist(), starts.tolist(), strict=True)]
+    return [
+        Example(flat[end - length : end], start)
+        for end, length, start in zip(ends, lengths.tolist(), starts.tolist(), strict=True)
+    ]
 
 
 def _write(path: Path, examples: Sequence[Example]) -> None:
@@ -114,7 +124,8 @@ def _write(path: Path, examples: Sequence[Example]) -> None:
 
 
 def _trim(newest: Path, limit: int) -> None:
-    """Remove the files used longest ago until the folder holds at most `limit` bytes; `newest` stays. Others may do the same meanwhile."""
+    """Remove the files used longest ago until the folder holds at most `limit` bytes; `newest` stays. Others
+    may do the same meanwhile."""
     found = []
     for path in newest.parent.iterdir():
         with contextlib.suppress(FileNotFoundError):

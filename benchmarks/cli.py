@@ -1,6 +1,7 @@
 """The command line: `moabench ...` and `python run.py ...` are the same.
 
-Exit codes: 0 done, 1 a run failed, 2 a config error, 130 interrupted. Errors are one line on stderr; `traceback=true` shows more.
+Exit codes: 0 done, 1 a run failed, 2 a config error, 130 interrupted. Errors are one line on stderr;
+`traceback=true` shows more.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ examples:
   {prog} method=mixlora task=[arc,gsm8k] protocol=generate data=local data.root=../datasets
   {prog} model.path=path/or/hub-id train=paper data=hub
   {prog} -m method=none,lora,moa_soft,moa_sparse seed=0,1,2 quiet=true
-  {prog} +experiment=equal_budget                            a committed study: a file of conf/experiment with its grid
+  {prog} +experiment=equal_budget                            a committed study, a file of conf/experiment
   {prog} runs ls                                             what was run: also show, diff, rm, retry, rerun
   {prog} memory method=moa_soft model=llama3.1_8b train=paper   the memory that a training step needs
   {prog} method=molora budget=lora_r37                       as many trainable parameters as LoRA of that rank
@@ -51,11 +52,13 @@ tasks (each is a file in benchmarks/tasks/), and suites of them:
 keys of the defaults (`{prog} --cfg job` prints the composed config with your overrides):
 {keys}
 
-A finished run is found again and answered from disk; an interrupted one resumes. Other flags are Hydra's: {prog} --hydra-help
+A finished run is found again and answered from disk; an interrupted one resumes.
+Other flags are Hydra's: {prog} --hydra-help
 """
 
 _SWEEP_FAILURES: list[int] = []
-"""Exit codes of the failed jobs of this process: Hydra drops what a job of a sweep returns, or a sweeper reads it."""
+"""Exit codes of the failed jobs of this process: Hydra drops what a job of a sweep returns, or a sweeper
+reads it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +110,8 @@ def _compose_and_run(argv: list[str]) -> None:
     # Hydra then raises its errors instead of printing several lines and leaving.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ["MOABENCH_MAIN"] = str(os.getpid())
-    # OpenMP reads this when torch loads it. Its default, spinning, made steps 2 to 3 times slower on a machine that others use too.
+    # OpenMP reads this when torch loads it. Its default, spinning, made steps 2 to 3 times slower on a
+    # machine that others use too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if tunes(argv):
         import optuna
@@ -124,24 +128,31 @@ def register_resolvers() -> None:
     """`${variants:}` in an experiment: all of its variants, as choices of a sweep."""
     from omegaconf import OmegaConf
 
-    OmegaConf.register_new_resolver("variants", lambda *, _root_: ",".join(_root_.experiment.variants), replace=True)
+    OmegaConf.register_new_resolver(
+        "variants", lambda *, _root_: ",".join(_root_.experiment.variants), replace=True
+    )
 
 
 def _say_best(argv: list[str], started: float) -> None:
     """The outcome of a search, from the file in which Optuna's sweeper leaves it."""
     import yaml
 
-    runs_dir = next((arg.partition("=")[2] for arg in argv if arg.startswith("runs_dir=")), RunConfig.runs_dir)
+    runs_dir = next(
+        (arg.partition("=")[2] for arg in argv if arg.startswith("runs_dir=")), RunConfig.runs_dir
+    )
     for file in sorted(Path(runs_dir).expanduser().glob(".sweeps/*/optimization_results.yaml")):
         if file.stat().st_mtime >= started:
             best = yaml.safe_load(file.read_text())
             words = " ".join(f"{key.lstrip('+')}={value}" for key, value in best["best_params"].items())
-            print(f"\nbest: {words}   {100 * best['best_value']:.1f} % on the held-out rows; without data.held_out the same is reported")
+            print(
+                f"\nbest: {words}   {100 * best['best_value']:.1f} % on the held-out rows; without "
+                "data.held_out the same is reported"
+            )
 
 
 def job(composed: Any) -> float | None:
-    """One run, as Hydra calls it; its mean accuracy, for sweepers that search. In a sweep a failure is reported and the other jobs go
-    on."""
+    """One run, as Hydra calls it; its mean accuracy, for sweepers that search. In a sweep a failure is
+    reported and the other jobs go on."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -154,7 +165,10 @@ def job(composed: Any) -> float | None:
         show = data.get("traceback") is True
         cfg = RunConfig.from_composed(data, overrides)
         if sweep and not cfg.quiet and processes.rank() == 0:
-            print(f"\n[{HydraConfig.get().job.num}] {' '.join(text.lstrip('+') for text in overrides)}", flush=True)
+            print(
+                f"\n[{HydraConfig.get().job.num}] {' '.join(text.lstrip('+') for text in overrides)}",
+                flush=True,
+            )
         from moabench.benchmarks import summary
         from moabench.benchmarks.experiment import run
 
@@ -162,15 +176,19 @@ def job(composed: Any) -> float | None:
     except Exception as error:
         _SWEEP_FAILURES.append(report(error, show, label=f"[{HydraConfig.get().job.num}] " if sweep else ""))
         if processes.count() > 1:
-            raise SystemExit(_SWEEP_FAILURES[-1]) from None  # the others wait for this one, and torchrun ends them
+            raise SystemExit(
+                _SWEEP_FAILURES[-1]
+            ) from None  # the others wait for this one, and torchrun ends them
         if os.environ.get("MOABENCH_MAIN") != str(os.getpid()):
-            # A worker process of a launcher: only an exception, one that pickles, tells the parent that the job failed.
+            # A worker process of a launcher: only an exception, one that pickles, tells the parent that the
+            # job failed.
             raise Reported(_SWEEP_FAILURES[-1]) from None
         return None
 
 
 class Reported(Exception):
-    """A failure whose message was already printed by the process in which it happened; carries the exit code."""
+    """A failure whose message was already printed by the process in which it happened; carries the exit
+    code."""
 
 
 def report(error: Exception, show_traceback: bool, label: str = "") -> int:
@@ -228,14 +246,25 @@ def _defaults() -> str:
     import yaml
 
     chosen = yaml.safe_load((CONF / "config.yaml").read_text())
-    groups = {group: choice for entry in chosen["defaults"] if isinstance(entry, dict) for group, choice in entry.items()}
+    groups = {
+        group: choice
+        for entry in chosen["defaults"]
+        if isinstance(entry, dict)
+        for group, choice in entry.items()
+    }
     return f"method={groups['method']} task={chosen['task']} model={groups['model']}"
 
 
 def _wrapped(head: str, names: list[str], width: int = 110) -> str:
     import textwrap
 
-    return textwrap.fill(", ".join(names), width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
+    return textwrap.fill(
+        ", ".join(names),
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_on_hyphens=False,
+    )
 
 
 def _interrupt(signum: int, frame: Any) -> None:

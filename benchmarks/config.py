@@ -1,8 +1,8 @@
 """The typed configuration of one run. Torch-free: a bad value is refused before anything heavy is imported.
 
-`conf/` holds the choices, Hydra composes them, `RunConfig.from_composed` turns the result into frozen dataclasses. Units stand
-beside the fields here and in the YAML files. Whatever is wrong raises ConfigError with the key, the value, what was expected and
-the nearest name.
+`conf/` holds the choices, Hydra composes them, `RunConfig.from_composed` turns the result into frozen
+dataclasses. Units stand beside the fields here and in the YAML files. Whatever is wrong raises ConfigError
+with the key, the value, what was expected and the nearest name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 def groups() -> dict[str, list[str]]:
     """Every choice a user can make: {"task": ["addsub", "arc", ...], ...}, read from the folders."""
-    choices = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in sorted(CONF.iterdir()) if folder.is_dir()}
+    choices = {
+        folder.name: sorted(f.stem for f in folder.glob("*.yaml"))
+        for folder in sorted(CONF.iterdir())
+        if folder.is_dir()
+    }
     return {name: found for name, found in choices.items() if found}
 
 
@@ -58,7 +62,8 @@ class ModelConfig:
 
     name: str
     kind: Literal["builtin", "pretrained", "random"] = "pretrained"
-    """builtin: the model shipped in benchmarks/world/tiny; pretrained: `path`; random: untrained, of the sizes in `random`."""
+    """builtin: the model shipped in benchmarks/world/tiny; pretrained: `path`; random: untrained, of the
+    sizes in `random`."""
     path: str | None = None
     """Hub id (`org/name`) or folder; null unless kind is pretrained."""
     revision: str | None = None
@@ -71,15 +76,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if (self.kind == "pretrained") != (self.path is not None):
-            raise ConfigError(f"path={self.path!r}: expected a hub id or folder with kind=pretrained only (kind={self.kind}).")
+            raise ConfigError(
+                f"path={self.path!r}: expected a hub id or folder with kind=pretrained only "
+                f"(kind={self.kind})."
+            )
         if (self.kind == "random") != (self.random is not None):
-            raise ConfigError(f"random={self.random!r}: expected sizes with kind=random only (kind={self.kind}).")
+            raise ConfigError(
+                f"random={self.random!r}: expected sizes with kind=random only (kind={self.kind})."
+            )
         if self.quantize and self.kind == "random":
-            raise ConfigError(f"quantize={self.quantize}: expected null with kind=random, which has no weights to read packed.")
+            raise ConfigError(
+                f"quantize={self.quantize}: expected null with kind=random, which has no weights to "
+                "read packed."
+            )
 
     @property
     def source(self) -> str:
-        """What `from_pretrained` takes for the weights and the tokenizer (for kind=random the tokenizer only)."""
+        """What `from_pretrained` takes for the weights and the tokenizer (for kind=random the tokenizer
+        only)."""
         if self.path is not None:
             return self.path
         from moabench.benchmarks.world import MODEL
@@ -88,15 +102,19 @@ class ModelConfig:
 
     @property
     def folder(self) -> Path | None:
-        """The local folder that `source` names; None for a hub id. A folder wins over a hub id of the same spelling."""
+        """The local folder that `source` names; None for a hub id. A folder wins over a hub id of the same
+        spelling."""
         path = Path(self.source).expanduser()
-        looks_like_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.source) and not self.source.startswith(".")
+        looks_like_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.source) and not self.source.startswith(
+            "."
+        )
         return None if looks_like_hub_id and not path.is_dir() else path
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is evaluated: tasks of benchmarks/tasks, under the name of their suite (`arc`), or joined (`arc+gsm8k`)."""
+    """What is evaluated: tasks of benchmarks/tasks, under the name of their suite (`arc`), or joined
+    (`arc+gsm8k`)."""
 
     name: str
     eval: tuple[str, ...]
@@ -131,21 +149,32 @@ class DataConfig:
     world: Axes = field(default_factory=Axes)
     """Difficulty of the built-in world's questions (source=builtin)."""
     held_out: bool = False
-    """Evaluate on a tenth of each train split, which is then not trained on, instead of on the split that is reported."""
+    """Evaluate on a tenth of each train split, which is then not trained on, instead of on the split that is
+    reported."""
     revisions: dict[str, str] = field(default_factory=dict)
     """Task -> commit of its public data set (source=hub), instead of the pinned one of the task's file."""
 
     def __post_init__(self) -> None:
         if self.source != "builtin" and self.world != Axes():
-            raise ConfigError(f"world={self.world}: only data=builtin has these dials, and source is {self.source}.")
+            raise ConfigError(
+                f"world={self.world}: only data=builtin has these dials, and source is {self.source}."
+            )
         if self.revisions and self.source != "hub":
-            raise ConfigError(f"revisions={self.revisions}: only data=hub reads public data sets, and source is {self.source}.")
+            raise ConfigError(
+                f"revisions={self.revisions}: only data=hub reads public data sets, and source is "
+                f"{self.source}."
+            )
         for task in self.revisions:
             tasks.get(task, "revisions")
         if self.source == "local" and self.root is None:
-            raise ConfigError("root=null: data=local expects a folder with <task>/<split>.jsonl files, data.root=path/to/folder.")
+            raise ConfigError(
+                "root=null: data=local expects a folder with <task>/<split>.jsonl files, "
+                "data.root=path/to/folder."
+            )
         if self.source != "local" and self.root is not None:
-            raise ConfigError(f"root={self.root!r}: only data=local reads a folder, and source is {self.source}.")
+            raise ConfigError(
+                f"root={self.root!r}: only data=local reads a folder, and source is {self.source}."
+            )
 
     @property
     def title(self) -> str:
@@ -165,13 +194,15 @@ class TrainConfig:
     accumulation: Count = 1
     """Forward passes per optimiser step."""
     halve: bool = False
-    """Out of memory: go on with half the sequences in a pass and twice the passes, until it fits; recorded."""
+    """Out of memory: go on with half the sequences in a pass and twice the passes, until it fits;
+    recorded."""
     lr: Positive = 2e-3
     """Peak learning rate of adapters."""
     lr_full: Positive = 5e-4
     """Peak learning rate when the whole model is trained (method=full)."""
     lr_grid: tuple[Positive, ...] = ()
-    """Rates of which the best one on held-out training rows is taken instead of `lr` (benchmarks/tuning.py)."""
+    """Rates of which the best one on held-out training rows is taken instead of `lr`
+    (benchmarks/tuning.py)."""
     warmup: NonNegative = 0.06
     """Below 1: share of all steps; from 1 on: steps."""
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
@@ -206,7 +237,8 @@ class ProbeConfig:
     tokens: Annotated[int, Bound(ge=8)] = 1024
     """Real tokens of the set."""
     alone: Annotated[int, Bound(ge=8)] = 256
-    """Most of them on which blocks and feed-forward experts are run again with one expert alone, one left out."""
+    """Most of them on which blocks and feed-forward experts are run again with one expert alone, one left
+    out."""
     sites: Count = 8
     """Most routed places, and most layers, that are measured, spread over depth."""
     times: Annotated[int, Bound(ge=0)] = 10
@@ -226,7 +258,8 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """The committed study that a run belongs to (conf/experiment); the run itself is the same as one given by hand."""
+    """The committed study that a run belongs to (conf/experiment); the run itself is the same as one given by
+    hand."""
 
     name: str | None = None
     about: str = ""
@@ -236,8 +269,13 @@ class ExperimentConfig:
     """Variant -> what differs in it: dotted keys of the config, or `method` with the name of one."""
 
     def __post_init__(self) -> None:
-        if (self.variant is None) != (not self.variants) or (self.variants and self.variant not in self.variants):
-            raise ConfigError(f"variant={self.variant!r}: expected a variant of the experiment.{nearest(str(self.variant), self.variants)}")
+        if (self.variant is None) != (not self.variants) or (
+            self.variants and self.variant not in self.variants
+        ):
+            raise ConfigError(
+                f"variant={self.variant!r}: expected a variant of the "
+                f"experiment.{nearest(str(self.variant), self.variants)}"
+            )
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -267,14 +305,16 @@ class RunConfig:
     leakage: Literal["drop", "refuse", "mark"] = "drop"
     """What becomes of training rows that are also evaluated."""
     forgetting: str = "auto"
-    """Text whose loss is measured before and after training: auto (the corpus of the shipped model), none, or a text file."""
+    """Text whose loss is measured before and after training: auto (the corpus of the shipped model), none, or
+    a text file."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     probe: ProbeConfig = ProbeConfig()
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     logger: LoggerConfig = LoggerConfig()
     runs_dir: str = "runs"
     keep: Literal["adapter", "all", "none"] = "adapter"
-    """Weights in the run folder: the adapter, the last checkpoint (optimiser and random states) too, or none."""
+    """Weights in the run folder: the adapter, the last checkpoint (optimiser and random states) too, or
+    none."""
     retry: bool = False
     """In a sweep: runs that failed before start again, instead of being passed over."""
     seed: Annotated[int, Bound(ge=0)] = 0
@@ -292,11 +332,15 @@ class RunConfig:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise ConfigError(f"device={self.device!r}: expected auto, cpu, mps, cuda or cuda:<number>.")
         if self.model.quantize and self.parsed_method.tuner == "full":
-            raise ConfigError(f"model.quantize={self.model.quantize}: expected null with method=full, which trains the weights themselves.")
+            raise ConfigError(
+                f"model.quantize={self.model.quantize}: expected null with method=full, which trains "
+                "the weights themselves."
+            )
 
     @classmethod
     def from_composed(cls, data: Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
-        """Validated config from what Hydra composed; `overrides`, as the user typed them, win over the recipes of `train`."""
+        """Validated config from what Hydra composed; `overrides`, as the user typed them, win over the
+        recipes of `train`."""
         data = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
         chosen = {re.sub(r"^[+~]*", "", text).partition("=")[0] for text in overrides}
         if data.get("experiment"):
@@ -331,11 +375,14 @@ def composed(overrides: Iterable[str]) -> RunConfig:
     from moabench.benchmarks.overrides import prepare
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return RunConfig.from_composed(OmegaConf.to_container(compose("config", prepare([*overrides])), resolve=True), overrides)
+        return RunConfig.from_composed(
+            OmegaConf.to_container(compose("config", prepare([*overrides])), resolve=True), overrides
+        )
 
 
 def _merge_recipe(train: dict, method: str, chosen: set[str]) -> dict:
-    """`train` with the recipe of `method` put over the common fields, except where the user set a field on the command line."""
+    """`train` with the recipe of `method` put over the common fields, except where the user set a field on
+    the command line."""
     recipes = train.pop("recipes", None) or {}
     recipe = recipes.get(method) or {} if isinstance(recipes, Mapping) else recipes
     if not isinstance(recipe, Mapping):
@@ -348,7 +395,8 @@ def _merge_recipe(train: dict, method: str, chosen: set[str]) -> dict:
 
 
 def _own_model(model: dict, chosen: set[str]) -> dict:
-    """A model named by its path: it is pretrained, and unless the user says otherwise its name is the path's last part."""
+    """A model named by its path: it is pretrained, and unless the user says otherwise its name is the path's
+    last part."""
     model |= {"kind": "pretrained", "random": None}
     if "model.name" not in chosen and isinstance(model.get("path"), str):
         model["name"] = re.sub(r"[^\w.-]+", "_", Path(model["path"]).name) or "model"
@@ -356,14 +404,16 @@ def _own_model(model: dict, chosen: set[str]) -> dict:
 
 
 NOT_IN_HASH = {
-    "runs_dir": None, "keep": None, "retry": None, "experiment": None, "logger": None, "quiet": None, "traceback": None, "threads": None,
+    "runs_dir": None, "keep": None, "retry": None, "experiment": None, "logger": None, "quiet": None,
+    "traceback": None, "threads": None,
     "shard": None, "train": {"log_every", "save_every", "halve"},
 }  # fmt: skip
 """What cannot change the result: whole sections (None) or some of their keys."""
 
 
 def run_hash(cfg: RunConfig, inputs: Mapping[str, Any] | None = None) -> str:
-    """SHA-256 (hex) of everything that can change the result, `inputs` (fingerprints of weights and data) included."""
+    """SHA-256 (hex) of everything that can change the result, `inputs` (fingerprints of weights and data)
+    included."""
     method = _plain(cfg.parsed_method)
     method.pop("data")  # as typed; the rest of a parsed method says the same with every default spelled out
     data = _plain(cfg) | {"method": method}
@@ -381,7 +431,8 @@ def digest(data: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as dicts; a part keeps its `kind`, which is a class attribute, since two kinds may have equal fields."""
+    """Dataclasses as dicts; a part keeps its `kind`, which is a class attribute, since two kinds may have
+    equal fields."""
     if dataclasses.is_dataclass(value):
         kind = {"kind": value.kind} if isinstance(getattr(type(value), "kind", None), str) else {}
         return kind | {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}

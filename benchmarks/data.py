@@ -10,8 +10,8 @@ A row is {"id": str, "task": str, "question": str} with what the task's kind nee
     number    answer (a number as text); from the built-in world choices and label too
     letter    choices, label and answer, the label's letter
 
-and may carry `context`, `solution`, `equation`, `skill`, `domain` and more. Whatever is wrong with a source is one ConfigError that names
-the key, or the file and line, and what was expected.
+and may carry `context`, `solution`, `equation`, `skill`, `domain` and more. Whatever is wrong with a source
+is one ConfigError that names the key, or the file and line, and what was expected.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from .tasks.extraction import VOCABULARY
 SPLITS = ("train", "validation", "test")
 
 SETS = {"asdiv": "mawps", "mawps_asdiv_a": "mawps"}
-"""Local sets that are no task, for training, and the task whose forms their rows take. Some answers of asdiv are no numbers."""
+"""Local sets that are no task, for training, and the task whose forms their rows take. Some answers of asdiv
+are no numbers."""
 
 
 def load_rows(task: str, split: str, data: Any) -> list[dict[str, Any]]:
-    """Rows of one split in the order of the source, the first `train_limit` or `eval_limit` of them. `task` may be one of SETS.
+    """Rows of one split in the order of the source, the first `train_limit` or `eval_limit` of them. `task`
+    may be one of SETS.
 
-    data: the config group (source, root, train_limit, eval_limit, seed, world, revisions). Raises ConfigError.
+    data: the config group (source, root, train_limit, eval_limit, seed, world, revisions). Raises
+    ConfigError.
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: expected one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
@@ -45,17 +48,23 @@ def load_rows(task: str, split: str, data: Any) -> list[dict[str, Any]]:
     limit = getattr(data, "train_limit" if split == "train" else "eval_limit", None)
     rows = _SOURCES[data.source](found, task, split, data, limit)
     if not rows:
-        raise ConfigError(f"task {task}, split {split}, data.source={data.source}: no rows, expected at least one.")
+        raise ConfigError(
+            f"task {task}, split {split}, data.source={data.source}: no rows, expected at least one."
+        )
     return [{**row, "task": found.name} for row in rows]
 
 
 def reported_rows(task: str, data: Any) -> list[dict[str, Any]]:
-    """The rows that a run evaluates on: those of the split that the task's file names, or with `data.held_out` those that `is_held_out`
-    says of its train split, the first `eval_limit` of them. Raises ConfigError."""
+    """The rows that a run evaluates on: those of the split that the task's file names, or with
+    `data.held_out` those that `is_held_out` says of its train split, the first `eval_limit` of them. Raises
+    ConfigError."""
     if not getattr(data, "held_out", False):
         return load_rows(task, tasks.get(task).split, data)
     if "train" not in splits(task, data):
-        raise ConfigError(f"data.held_out=True: task {task} with data.source={data.source} has no train split to hold rows out of.")
+        raise ConfigError(
+            f"data.held_out=True: task {task} with data.source={data.source} has no train split to "
+            "hold rows out of."
+        )
     return [row for row in load_rows(task, "train", data) if is_held_out(row)][: data.eval_limit]
 
 
@@ -78,13 +87,19 @@ def splits(task: str, data: Any) -> tuple[str, ...]:
 def _available(task: str, data: Any) -> tasks.Task:
     """The task of `task`; ConfigError where the source cannot give it."""
     if data.source not in _SOURCES:
-        raise ConfigError(f"data.source={data.source!r}: expected one of {', '.join(_SOURCES)}.{nearest(data.source, _SOURCES)}")
+        raise ConfigError(
+            f"data.source={data.source!r}: expected one of "
+            f"{', '.join(_SOURCES)}.{nearest(data.source, _SOURCES)}"
+        )
     found = tasks.get(SETS.get(task, task))
     if task in SETS and data.source != "local":
         raise ConfigError(f"data set {task} with data.source={data.source}: only data.source=local has it.")
     if reason := found.unavailable(data.source):
         possible = [s for s in _SOURCES if not found.unavailable(s)]
-        raise ConfigError(f"task {task} with data.source={data.source}: {reason}. Expected data.source={' or '.join(possible)}.")
+        raise ConfigError(
+            f"task {task} with data.source={data.source}: {reason}. Expected "
+            f"data.source={' or '.join(possible)}."
+        )
     return found
 
 
@@ -92,7 +107,10 @@ def _builtin(task: tasks.Task, _: str, split: str, data: Any, limit: int | None)
     from . import world
 
     if task.name not in world.TASKS:
-        raise ConfigError(f"task {task.name} with data.source=builtin: the world has no such task.{nearest(task.name, world.TASKS)}")
+        raise ConfigError(
+            f"task {task.name} with data.source=builtin: the world has no such "
+            f"task.{nearest(task.name, world.TASKS)}"
+        )
     try:
         return world.rows(task.name, split, seed=data.seed, n=limit, axes=getattr(data, "world", None))
     except ConfigError as error:  # a difficulty that this task does not have
@@ -118,14 +136,20 @@ def _local(task: tasks.Task, name: str, split: str, data: Any, limit: int | None
 
 def _local_folder(task: tasks.Task, name: str, root: str | None) -> Path:
     if not root:
-        raise ConfigError(f"data.root={root!r}: data.source=local needs a folder with <task>/<split>.jsonl files.")
+        raise ConfigError(
+            f"data.root={root!r}: data.source=local needs a folder with <task>/<split>.jsonl files."
+        )
     base = Path(root).expanduser()
     if not base.is_dir():
-        raise ConfigError(f"data.root={root!r}: no such folder; expected one with <task>/<split>.jsonl files.")
+        raise ConfigError(
+            f"data.root={root!r}: no such folder; expected one with <task>/<split>.jsonl files."
+        )
     folder = name if name in SETS else task.facts.get("local", name)
     if not (base / folder).is_dir():
         there = [p.name for p in base.iterdir() if p.is_dir()]
-        raise ConfigError(f"data.root={root!r}: no folder '{folder}' for task {name} in it.{nearest(folder, there)}")
+        raise ConfigError(
+            f"data.root={root!r}: no folder '{folder}' for task {name} in it.{nearest(folder, there)}"
+        )
     return base / folder
 
 
@@ -133,7 +157,10 @@ def _local_file(task: tasks.Task, name: str, split: str, root: str | None) -> Pa
     path = _local_folder(task, name, root) / f"{split}.jsonl"
     if not path.is_file():
         there = sorted(p.stem for p in path.parent.glob("*.jsonl"))
-        raise ConfigError(f"{path}: no such file; task {name} needs its {split} split. There: {', '.join(there) or 'no .jsonl file'}.")
+        raise ConfigError(
+            f"{path}: no such file; task {name} needs its {split} split. There: "
+            f"{', '.join(there) or 'no .jsonl file'}."
+        )
     return path
 
 
@@ -148,7 +175,8 @@ def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
 
 
 def _checked(row: dict[str, Any], task: tasks.Task, where: str, free: bool = False) -> dict[str, Any]:
-    """`row` as the task needs it; ConfigError with `where`, the key and the reason otherwise. `free`: an answer may be any text."""
+    """`row` as the task needs it; ConfigError with `where`, the key and the reason otherwise. `free`: an
+    answer may be any text."""
     row = {**row, "id": str(row["id"])}
     for key in ("question", "context", "solution", "equation"):
         _typed(row, key, str, where, needed=key == "question")
@@ -181,10 +209,13 @@ def _check_choices(row: dict[str, Any], task: tasks.Task, where: str) -> None:
         raise ConfigError(f"{where}: choices={choices!r}: expected {words!r}, in this order.")
     most = len(words if isinstance(words, list) else VOCABULARY[words])
     if len(choices) > most:
-        raise ConfigError(f"{where}: {len(choices)} choices: expected at most {most}, as the task's published form has.")
+        raise ConfigError(
+            f"{where}: {len(choices)} choices: expected at most {most}, as the task's published form has."
+        )
     if not 0 <= row["label"] < len(choices):
         raise ConfigError(
-            f"{where}: label={row['label']}: expected 0 to {len(choices) - 1}, the index of one of the {len(choices)} choices."
+            f"{where}: label={row['label']}: expected 0 to {len(choices) - 1}, the index of one of "
+            f"the {len(choices)} choices."
         )
 
 
@@ -193,7 +224,9 @@ def _check_answer(row: dict[str, Any], task: tasks.Task, where: str, free: bool)
     if task.kind == "letter":
         right = "ABCDE"[row["label"]]
         if row["answer"] != right:
-            raise ConfigError(f"{where}: answer={row['answer']!r}: expected {right!r}, the letter of label {row['label']}.")
+            raise ConfigError(
+                f"{where}: answer={row['answer']!r}: expected {right!r}, the letter of label {row['label']}."
+            )
     elif not (_is_number(row["answer"]) or (free and row["answer"].strip())):
         raise ConfigError(f"{where}: answer={row['answer']!r}: expected a number, such as '-3' or '1250.5'.")
 
@@ -215,17 +248,20 @@ def _hub(task: tasks.Task, _: str, split: str, data: Any, limit: int | None) -> 
     hub = task.facts.get("hub")
     if not hub:
         raise ConfigError(
-            f"task {task.name} with data.source=hub: its file names no public data set. Expected data.source=builtin or local."
+            f"task {task.name} with data.source=hub: its file names no public data set. Expected "
+            "data.source=builtin or local."
         )
     theirs = _hub_splits(hub)
     if split not in theirs:
         raise ConfigError(
-            f"task {task.name} with data.source=hub: {hub['path']} has no labelled {split} split. There: {', '.join(theirs)}."
+            f"task {task.name} with data.source=hub: {hub['path']} has no labelled {split} split. "
+            f"There: {', '.join(theirs)}."
         )
     revision = (getattr(data, "revisions", None) or {}).get(task.name) or hub["revision"]
     if revision is None:
         raise ConfigError(
-            f"task {task.name} with data.source=hub: no commit of {hub['path']} is known to us that could be pinned. "
+            f"task {task.name} with data.source=hub: no commit of {hub['path']} is known to us that "
+            "could be pinned. "
             f"Name one: data.revisions.{task.name}=<commit, branch or refs/convert/parquet>."
         )
     try:
@@ -233,12 +269,17 @@ def _hub(task: tasks.Task, _: str, split: str, data: Any, limit: int | None) -> 
     except Exception as error:  # offline, gone, unknown split: `datasets` raises a dozen types for these
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"task {task.name} with data.source=hub: {hub['path']} at revision {revision[:12]}, split {split}, could not "
-            f"be loaded ({type(error).__name__}: {first}). Needs a network or a filled cache; data.source=builtin needs neither."
+            f"task {task.name} with data.source=hub: {hub['path']} at revision {revision[:12]}, split "
+            f"{split}, could not "
+            f"be loaded ({type(error).__name__}: {first}). Needs a network or a filled cache; "
+            "data.source=builtin needs neither."
         ) from error
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
-    return [_from_hub(row, task, f"{hub['path']}, {split} row {i}", f"{task.name}-{split}-{i}") for i, row in enumerate(rows)]
+    return [
+        _from_hub(row, task, f"{hub['path']}, {split} row {i}", f"{task.name}-{split}-{i}")
+        for i, row in enumerate(rows)
+    ]
 
 
 def _hub_splits(hub: dict[str, Any]) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""What a result depends on besides its config: versions, commit, machine kind, fingerprints of weights and data.
+"""What a result depends on besides its config: versions, commit, machine kind, fingerprints of weights and
+data.
 
-No host names, no user names, no paths. Torch is asked only if it is already imported, so that a finished run is answered
-without it.
+No host names, no user names, no paths. Torch is asked only if it is already imported, so that a finished run
+is answered without it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from moabench.benchmarks import forgetting, processes, tasks
 from moabench.benchmarks.config import ModelConfig, RunConfig, digest
 
 PACKAGES = (
-    "moabench", "torch", "transformers", "peft", "accelerate", "lm_eval", "datasets", "tokenizers", "safetensors",
+    "moabench", "torch", "transformers", "peft", "accelerate", "lm_eval", "datasets", "tokenizers",
+    "safetensors",
     "hydra-core", "wandb", "numpy", "scipy", "pandas", "pyarrow", "triton", "bitsandbytes",
 )  # fmt: skip
 
 WHOLE_FILE_BYTES = 64 * 2**20
-"""Larger weight files are fingerprinted by their size and both ends: reading 16 GB before every run would be a nuisance."""
+"""Larger weight files are fingerprinted by their size and both ends: reading 16 GB before every run would be
+a nuisance."""
 
 
 def describe(cfg: RunConfig, config_hash: str, inputs: dict[str, Any], device: str) -> dict[str, Any]:
@@ -59,14 +62,22 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """Commit of this code and whether it was edited since; both null where the code is not in a git repository of its own."""
+    """Commit of this code and whether it was edited since; both null where the code is not in a git
+    repository of its own."""
     here = Path(__file__).resolve()
     git = ["git", "-C", str(here.parent)]
     try:
-        # In an installed package the files may lie inside somebody else's repository, which does not track them.
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True, timeout=20)
-        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True, timeout=20).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True, timeout=20).stdout
+        # In an installed package the files may lie inside somebody else's repository, which does not track
+        # them.
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True, timeout=20
+        )
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True, timeout=20
+        ).stdout.strip()
+        changes = subprocess.run(
+            [*git, "status", "--porcelain"], check=True, capture_output=True, text=True, timeout=20
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
     return {"commit": head, "dirty": bool(changes.strip())}
@@ -74,9 +85,19 @@ def commit() -> dict[str, Any]:
 
 def code_diff() -> str:
     """What was edited in tracked files since the commit, at most DIFF_CHARACTERS of it."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "diff", "--no-ext-diff", "--no-color", "HEAD"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "diff",
+        "--no-ext-diff",
+        "--no-color",
+        "HEAD",
+    ]
     try:
-        text = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=20).stdout
+        text = subprocess.run(
+            command, check=True, capture_output=True, text=True, errors="replace", timeout=20
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return f"(git could not say: {type(error).__name__})\n"
     return text if len(text) <= DIFF_CHARACTERS else text[:DIFF_CHARACTERS] + "\n(cut here)\n"
@@ -86,8 +107,8 @@ DIFF_CHARACTERS = 2**20
 
 
 def inputs(cfg: RunConfig) -> dict[str, Any]:
-    """Fingerprints of the weights and of the rows that the run reads, and the number of its processes; part of the run's hash. Raises
-    ConfigError for bad data."""
+    """Fingerprints of the weights and of the rows that the run reads, and the number of its processes; part
+    of the run's hash. Raises ConfigError for bad data."""
     found = {"model": model_fingerprint(cfg.model), "evaluation": evaluation_fingerprints(cfg)}
     if cfg.parsed_method.tuner != "none":
         found["training"] = training_fingerprint(cfg)
@@ -99,11 +120,16 @@ def inputs(cfg: RunConfig) -> dict[str, Any]:
 
 
 def model_fingerprint(model: ModelConfig) -> str | None:
-    """SHA-256 (16 hex digits) of a folder's config, tokenizer and weights; None for a hub id: its name and revision say it."""
+    """SHA-256 (16 hex digits) of a folder's config, tokenizer and weights; None for a hub id: its name and
+    revision say it."""
     if model.folder is None:
         return None
     content = hashlib.sha256()
-    patterns = ("tokenizer*.json",) if model.kind == "random" else ("config.json", "tokenizer*.json", "*.safetensors", "*.bin")
+    patterns = (
+        ("tokenizer*.json",)
+        if model.kind == "random"
+        else ("config.json", "tokenizer*.json", "*.safetensors", "*.bin")
+    )
     for file in sorted({f for pattern in patterns for f in model.folder.glob(pattern)}):
         content.update(file.name.encode())
         _update(content, file)
@@ -122,7 +148,8 @@ def _update(content: Any, path: Path) -> None:
 
 
 def evaluation_fingerprints(cfg: RunConfig) -> dict[str, str]:
-    """By task: SHA-256 (16 hex digits) of its protocol's version and of the rows it reports; for the hub, of the pinned revision."""
+    """By task: SHA-256 (16 hex digits) of its protocol's version and of the rows it reports; for the hub, of
+    the pinned revision."""
     from moabench.benchmarks.data import reported_rows
 
     found = {}
@@ -134,7 +161,8 @@ def evaluation_fingerprints(cfg: RunConfig) -> dict[str, str]:
 
 
 def training_fingerprint(cfg: RunConfig) -> str:
-    """SHA-256 (16 hex digits) of the rows trained on, before any is dropped as leaked; for the hub, of the pinned revisions."""
+    """SHA-256 (16 hex digits) of the rows trained on, before any is dropped as leaked; for the hub, of the
+    pinned revisions."""
     from moabench.benchmarks import mixes
 
     if cfg.data.source == "hub":
@@ -155,7 +183,10 @@ def _device_name(device: str) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _threads() -> int | None:

@@ -1,7 +1,8 @@
-"""One run from its config to its folder: evaluate the frozen base, attach the method, train, evaluate, record.
+"""One run from its config to its folder: evaluate the frozen base, attach the method, train, evaluate,
+record.
 
-A finished run is answered from its folder without importing torch. Data and model folders are checked before anything heavy is
-imported, so that a mistake is answered at once and leaves nothing behind.
+A finished run is answered from its folder without importing torch. Data and model folders are checked before
+anything heavy is imported, so that a mistake is answered at once and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def run(cfg: RunConfig, again: bool = True) -> Outcome:
     ran = False
     if folder.state() == "failed" and not again:
         reason = folder.status().get("reason", "no reason known")
-        raise RunError(f"{folder.path} failed before and is passed over ({reason}); retry=true starts it again.")
+        raise RunError(
+            f"{folder.path} failed before and is passed over ({reason}); retry=true starts it again."
+        )
     if folder.state() != "finished":
         with folder.claim() as state:
             if ran := state != "finished":
@@ -93,7 +96,9 @@ def _follow(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any]) -> Outcom
     cfg, _ = _tuned(cfg, folder.path)
     with tempfile.TemporaryDirectory() as scratch:
         logger = loggers.start(cfg, Path(scratch), folder.hash)
-        metrics = _measure(cfg, Path(scratch), folder.path, inputs, device, logger, resume=state == "interrupted")
+        metrics = _measure(
+            cfg, Path(scratch), folder.path, inputs, device, logger, resume=state == "interrupted"
+        )
     return Outcome(folder.path, metrics, ran=True)
 
 
@@ -103,7 +108,9 @@ def _announce(cfg: RunConfig, folder: RunFolder, state: runs.State) -> None:
         print(f"{folder.path} {doing}", file=sys.stderr, flush=True)
 
 
-def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution: budget.Solution | None, resume: bool) -> None:
+def _execute(
+    cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution: budget.Solution | None, resume: bool
+) -> None:
     """Everything between claiming the folder and its being finished."""
     from moabench.kernels import backend
 
@@ -135,8 +142,8 @@ def _execute(cfg: RunConfig, folder: RunFolder, inputs: dict[str, Any], solution
 
 
 def _tuned(cfg: RunConfig, path: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """`cfg` with the best rate of its grid, if it has one, and metrics of the tuning. config.yaml keeps the grid; the choice is in
-    tuning.json."""
+    """`cfg` with the best rate of its grid, if it has one, and metrics of the tuning. config.yaml keeps the
+    grid; the choice is in tuning.json."""
     if not cfg.train.lr_grid or cfg.parsed_method.tuner == "none":
         return cfg, {}
     found = tuning.tuned(cfg, path)
@@ -144,8 +151,11 @@ def _tuned(cfg: RunConfig, path: Path) -> tuple[RunConfig, dict[str, Any]]:
     return found
 
 
-def _fitting(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: loggers.Logger, resume: bool) -> dict[str, Any]:
-    """As `_measure`; with train.halve again, from the last checkpoint, with smaller passes while memory does not do."""
+def _fitting(
+    cfg: RunConfig, path: Path, inputs: dict, device: str, logger: loggers.Logger, resume: bool
+) -> dict[str, Any]:
+    """As `_measure`; with train.halve again, from the last checkpoint, with smaller passes while memory does
+    not do."""
     import torch
 
     while True:
@@ -153,7 +163,11 @@ def _fitting(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: logg
             return _measure(cfg, path, path, inputs, device, logger, resume)
         except Exception as error:
             explained = _explained(error, path)
-            smaller = _halved(cfg, explained.training) if cfg.train.halve and isinstance(explained, OutOfMemory) else None
+            smaller = (
+                _halved(cfg, explained.training)
+                if cfg.train.halve and isinstance(explained, OutOfMemory)
+                else None
+            )
             if smaller is None:
                 raise
             del explained
@@ -163,28 +177,43 @@ def _fitting(cfg: RunConfig, path: Path, inputs: dict, device: str, logger: logg
             torch.cuda.empty_cache()
         keys = ("batch_size", "accumulation", "eval_batch_size")
         was, now = ([getattr(c.train, key) for key in keys] for c in (cfg, smaller))
-        changed = [f"train.{key}={new} (was {old})" for key, old, new in zip(keys, was, now, strict=True) if old != new]
+        changed = [
+            f"train.{key}={new} (was {old})"
+            for key, old, new in zip(keys, was, now, strict=True)
+            if old != new
+        ]
         print(f"out of memory; goes on with {', '.join(changed)}", file=sys.stderr)
         set_globals(cfg)
         cfg, resume = smaller, True
 
 
 def _halved(cfg: RunConfig, training: bool) -> RunConfig | None:
-    """With passes of half the size (an odd one goes down by its least divisor), in training as many sequences in a step; None where they
-    are of one sequence."""
+    """With passes of half the size (an odd one goes down by its least divisor), in training as many sequences
+    in a step; None where they are of one sequence."""
     t = cfg.train
     size = t.batch_size if training else t.eval_batch_size
     factor = next((k for k in range(2, size + 1) if size % k == 0), None)
     if factor is None:
         return None
-    smaller = {"batch_size": size // factor, "accumulation": t.accumulation * factor} if training else {"eval_batch_size": size // factor}
+    smaller = (
+        {"batch_size": size // factor, "accumulation": t.accumulation * factor}
+        if training
+        else {"eval_batch_size": size // factor}
+    )
     return dataclasses.replace(cfg, train=dataclasses.replace(t, **smaller))
 
 
 def _measure(
-    cfg: RunConfig, path: Path, checkpoints: Path, inputs: dict, device: str, logger: loggers.Logger, resume: bool
+    cfg: RunConfig,
+    path: Path,
+    checkpoints: Path,
+    inputs: dict,
+    device: str,
+    logger: loggers.Logger,
+    resume: bool,
 ) -> dict[str, Any]:
-    """Evaluate the base, attach, train, evaluate; writes the tables and the adapter to `path`, returns the metrics."""
+    """Evaluate the base, attach, train, evaluate; writes the tables and the adapter to `path`, returns the
+    metrics."""
     from moabench import methods
     from moabench.analysis.measures import headlines
     from moabench.benchmarks import forgetting
@@ -199,14 +228,21 @@ def _measure(
     if cfg.shard:
         processes.shard(model, device)
     base = _frozen_base(cfg, inputs, device, model, tokenizer, held_out)
-    probe = Probe(cfg, model, tokenizer, skills) if trains and cfg.probe.times else None  # sees the frozen model
+    probe = (
+        Probe(cfg, model, tokenizer, skills) if trains and cfg.probe.times else None
+    )  # sees the frozen model
     seed_everything(cfg.seed)  # the adapter's initialisation depends on nothing that happened before
     model = methods.attach(model, cfg.method)
     metrics |= {f"params/{part}": count for part, count in methods.param_count(model).items()}
     history, routing, matrices = [], [], []
     if trains:
         try:
-            options = {"progress": not cfg.quiet, "callbacks": [LiveLog(logger.log)], "skills": skills, "probe": probe}
+            options = {
+                "progress": not cfg.quiet,
+                "callbacks": [LiveLog(logger.log)],
+                "skills": skills,
+                "probe": probe,
+            }
             trained = train(model, tokenizer, rows, cfg, checkpoints, resume=resume, **options)
         except ConfigError as error:  # a loss that is not finite: the run stays, with its reason
             raise RunError(str(error)) from error
@@ -227,7 +263,11 @@ def _measure(
     else:
         found = base
     metrics |= found["metrics"]
-    metrics |= {f"base/{key.removeprefix('eval/')}": v for key, v in base["metrics"].items() if key.startswith("eval/")}
+    metrics |= {
+        f"base/{key.removeprefix('eval/')}": v
+        for key, v in base["metrics"].items()
+        if key.startswith("eval/")
+    }
     if held_out:
         metrics |= forgetting.change(base["metrics"], found["metrics"])
     if probe is not None:
@@ -236,7 +276,11 @@ def _measure(
         files.write_json(path / "probe.json", probe.record())
     metrics |= headlines(metrics, cfg.parsed_method.heterogeneous)
     tables = {"history": history, "routing": routing, "samples": found["samples"], "matrices": matrices}
-    tables |= {"probes": probe.rows, "matrices": [*probe.matrices, *matrices]} if probe is not None else {"probes": []}
+    tables |= (
+        {"probes": probe.rows, "matrices": [*probe.matrices, *matrices]}
+        if probe is not None
+        else {"probes": []}
+    )
     for name, table in tables.items():
         files.write_parquet(path / f"{name}.parquet", table)
     files.write_json(path / "protocol.json", _protocols(cfg))
@@ -244,19 +288,26 @@ def _measure(
 
 
 def _training_rows(cfg: RunConfig, path: Path) -> tuple[list[dict], tuple[str, ...], dict[str, Any]]:
-    """Rows to train on, the names of the true skills in the order of their ids, and metrics; `data.json` and `leakage.json` say how
-    the rows were made and which of them are evaluated too. Raises ConfigError with leakage=refuse."""
+    """Rows to train on, the names of the true skills in the order of their ids, and metrics; `data.json` and
+    `leakage.json` say how the rows were made and which of them are evaluated too. Raises ConfigError with
+    leakage=refuse."""
     from moabench.benchmarks import leakage, mixes, tasks
     from moabench.benchmarks.data import is_held_out, reported_rows
 
-    rows, record = mixes.training_rows(cfg.mix, cfg.task.eval, cfg.data, seed=0)  # one data set for all seeds of a study
+    rows, record = mixes.training_rows(
+        cfg.mix, cfg.task.eval, cfg.data, seed=0
+    )  # one data set for all seeds of a study
     for name in dict.fromkeys(row["task"] for row in rows if "instruction" not in row):
         if reason := tasks.get(name).unavailable(cfg.data.source, cfg.protocol):
-            raise ConfigError(f"mix={cfg.mix.name} trains on {name} with data.source={cfg.data.source}, protocol={cfg.protocol}: {reason}.")
+            raise ConfigError(
+                f"mix={cfg.mix.name} trains on {name} with data.source={cfg.data.source}, "
+                f"protocol={cfg.protocol}: {reason}."
+            )
     if cfg.data.held_out:
         rows = [row for row in rows if not is_held_out(row)]
     evaluated = [row for task in cfg.task.eval for row in reported_rows(task, cfg.data)]
-    # The built-in world is made of templates, where two facts differ in a word or two: nearness means nothing there.
+    # The built-in world is made of templates, where two facts differ in a word or two: nearness means nothing
+    # there.
     report = leakage.check(rows, evaluated, near=cfg.data.source != "builtin" or cfg.mix.file is not None)
     kept = leakage.apply(report, rows, cfg.leakage)
     files.write_json(path / "data.json", record | {"rows": len(kept)})
@@ -265,22 +316,38 @@ def _training_rows(cfg: RunConfig, path: Path) -> tuple[list[dict], tuple[str, .
         for line in _notes(cfg, record, report):
             print(line, file=sys.stderr)
     skills = tuple(sorted({row["skill"] for row in (*kept, *evaluated) if row.get("skill")}))
-    return kept, skills, {"train/rows": len(kept), "leakage/rows": len(report.leaked), "leakage/dropped": len(rows) - len(kept)}
+    return (
+        kept,
+        skills,
+        {
+            "train/rows": len(kept),
+            "leakage/rows": len(report.leaked),
+            "leakage/dropped": len(rows) - len(kept),
+        },
+    )
 
 
 def _notes(cfg: RunConfig, record: dict[str, Any], report: Any) -> Iterator[str]:
-    """What a user must know about the training rows: tasks without any, files that differ from the published ones, leaked rows."""
+    """What a user must know about the training rows: tasks without any, files that differ from the published
+    ones, leaked rows."""
     if record["without_train_split"]:
-        yield f"no train split with data.source={cfg.data.source}, so not trained on: {', '.join(record['without_train_split'])}"
+        yield (
+            f"no train split with data.source={cfg.data.source}, so not trained on: "
+            f"{', '.join(record['without_train_split'])}"
+        )
     for difference in record.get("instructions", {}).get("differs", []):
         yield f"mix={cfg.mix.name}: {difference}"
     if report.leaked:
         done = {"drop": "dropped", "mark": "kept (leakage=mark)"}[cfg.leakage]
-        yield f"{len(report.leaked):,} of {report.train_rows:,} training rows are evaluated too, {done}; leakage.json lists them"
+        yield (
+            f"{len(report.leaked):,} of {report.train_rows:,} training rows are evaluated too, {done}; "
+            "leakage.json lists them"
+        )
 
 
 def _protocols(cfg: RunConfig) -> dict[str, Any]:
-    """How each task was put and read: protocol, prompt template, extraction, the tokens that the loss is taken on, task version."""
+    """How each task was put and read: protocol, prompt template, extraction, the tokens that the loss is
+    taken on, task version."""
     from moabench.benchmarks import tasks
 
     found = {}
@@ -294,7 +361,9 @@ def _protocols(cfg: RunConfig) -> dict[str, Any]:
     return found
 
 
-def _evaluated(cfg: RunConfig, model: Any, tokenizer: Any, held_out: list[str], skills: tuple[str, ...] = ()) -> dict[str, Any]:
+def _evaluated(
+    cfg: RunConfig, model: Any, tokenizer: Any, held_out: list[str], skills: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Metrics, samples and routing of the model as it is now."""
     from moabench.benchmarks import forgetting
     from moabench.benchmarks.evaluation import evaluate
@@ -302,13 +371,23 @@ def _evaluated(cfg: RunConfig, model: Any, tokenizer: Any, held_out: list[str], 
     result = evaluate(model, tokenizer, cfg.task.eval, cfg, progress=not cfg.quiet, skills=skills)
     metrics = dict(result.metrics)
     if held_out:
-        loss = forgetting.text_loss(model, tokenizer, held_out, cfg.train.eval_batch_size, progress=not cfg.quiet)
+        loss = forgetting.text_loss(
+            model, tokenizer, held_out, cfg.train.eval_batch_size, progress=not cfg.quiet
+        )
         metrics |= {f"forgetting/{key}": value for key, value in loss.items()}
-    return {"metrics": metrics, "samples": result.samples, "routing": list(result.routing), "matrices": list(result.matrices)}
+    return {
+        "metrics": metrics,
+        "samples": result.samples,
+        "routing": list(result.routing),
+        "matrices": list(result.matrices),
+    }
 
 
-def _frozen_base(cfg: RunConfig, inputs: dict, device: str, model: Any, tokenizer: Any, held_out: list[str]) -> dict[str, Any]:
-    """Metrics and samples of the base as it is: measured once for each model, data, tasks and way of evaluating, then read."""
+def _frozen_base(
+    cfg: RunConfig, inputs: dict, device: str, model: Any, tokenizer: Any, held_out: list[str]
+) -> dict[str, Any]:
+    """Metrics and samples of the base as it is: measured once for each model, data, tasks and way of
+    evaluating, then read."""
     plain = cfg.to_dict()
     shared = {
         "model": plain["model"],
@@ -331,7 +410,8 @@ def _frozen_base(cfg: RunConfig, inputs: dict, device: str, model: Any, tokenize
 
 
 def set_globals(cfg: RunConfig) -> str:
-    """Seeds, threads and determinism, set anew for every run since sweeps reuse processes; returns the device."""
+    """Seeds, threads and determinism, set anew for every run since sweeps reuse processes; returns the
+    device."""
     import torch
     import transformers
 
@@ -344,9 +424,13 @@ def set_globals(cfg: RunConfig) -> str:
     torch.backends.cudnn.benchmark = False
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over every new tensor
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a debugging aid that costs a pass over every new tensor
+    )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # between libraries, not for the user
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers|peft"
+    )  # between libraries, not for the user
     # `cache`, its new name, is refused before transformers 5.24.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`past_key_values` is deprecated")
     transformers.utils.logging.set_verbosity_error()
@@ -393,11 +477,22 @@ def _explained(error: Exception, path: Path) -> Exception:
     if isinstance(error, OSError) and error.errno in files.ADVICE:
         return files.storage_error(error, error.filename or path)
     # safetensors, torch.save and pyarrow each have their own words for ENOSPC; torch's does not even say so.
-    if "No space left on device" in text or "os error 28" in text or "inline_container" in text or shutil.disk_usage(path).free == 0:
-        return files.StorageError(f"cannot write {path}: the disk is full; free space or choose another runs_dir.")
+    if (
+        "No space left on device" in text
+        or "os error 28" in text
+        or "inline_container" in text
+        or shutil.disk_usage(path).free == 0
+    ):
+        return files.StorageError(
+            f"cannot write {path}: the disk is full; free space or choose another runs_dir."
+        )
     # The CPU's allocator has words of its own.
-    if isinstance(error, MemoryError) or any(words in text.lower() for words in ("out of memory", "can't allocate memory")):
-        hint = "a smaller train.batch_size with more train.accumulation, or train.halve=true, which finds them"
+    if isinstance(error, MemoryError) or any(
+        words in text.lower() for words in ("out of memory", "can't allocate memory")
+    ):
+        hint = (
+            "a smaller train.batch_size with more train.accumulation, or train.halve=true, which finds them"
+        )
         return OutOfMemory(f"out of memory ({text[:200]}). Expected less: {hint}.")
     return error
 
@@ -406,22 +501,31 @@ def _explained(error: Exception, path: Path) -> Exception:
 
 
 def _save_adapter(cfg: RunConfig, path: Path, inputs: dict[str, Any], model: Any) -> None:
-    """`adapter/`: what PEFT writes (for method=full the whole model), and in base.json what it was made for."""
+    """`adapter/`: what PEFT writes (for method=full the whole model), and in base.json what it was made
+    for."""
 
     def fill(folder: Path) -> None:
         model.save_pretrained(str(folder))
         config = folder / "adapter_config.json"
-        if config.exists():  # PEFT notes the place the base was read from; outside this machine only its name means something
+        if (
+            config.exists()
+        ):  # PEFT notes the place the base was read from; outside this machine only its name means something
             origin = {"base_model_name_or_path": cfg.model.path or f"moabench:{cfg.model.name}"}
             files.write_json(config, files.read_json(config) | origin)
-        card = {"name": cfg.model.name, "path": cfg.model.path, "revision": cfg.model.revision, "fingerprint": inputs["model"]}
+        card = {
+            "name": cfg.model.name,
+            "path": cfg.model.path,
+            "revision": cfg.model.revision,
+            "fingerprint": inputs["model"],
+        }
         files.write_json(folder / "base.json", card | {"sizes": base_sizes(model)})
 
     files.write_folder(path / "adapter", fill)
 
 
 SIZES = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size",
 )  # fmt: skip
 """What an adapter needs its base to agree with, as transformers' configs call it."""
 
@@ -432,20 +536,29 @@ def base_sizes(model: Any) -> dict[str, Any]:
 
 
 def load_adapter(model: Any, folder: str | Path) -> Any:
-    """`model` with the trained adapter of a run (`<run>/adapter`). Raises ConfigError if it was made for another base."""
+    """`model` with the trained adapter of a run (`<run>/adapter`). Raises ConfigError if it was made for
+    another base."""
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"adapter={str(folder)!r}: no adapter_config.json in it; expected the adapter/ folder of a finished run.")
+        raise ConfigError(
+            f"adapter={str(folder)!r}: no adapter_config.json in it; expected the adapter/ folder of "
+            "a finished run."
+        )
     card: Mapping[str, Any] = files.read_json(folder / "base.json") or {}
     sizes = base_sizes(model)
     for key, value in (card.get("sizes") or {}).items():
         if sizes[key] != value:
             made_for = f"made for {card.get('name')} with {key}={value}"
-            raise ConfigError(f"adapter={str(folder)!r}: {made_for}, but this base has {key}={sizes[key]}. Expected the same base.")
+            raise ConfigError(
+                f"adapter={str(folder)!r}: {made_for}, but this base has {key}={sizes[key]}. Expected "
+                "the same base."
+            )
     from peft import PeftModel
 
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"adapter={str(folder)!r}: does not fit this base ({reason}). Expected the base it was made for.") from error
+        raise ConfigError(
+            f"adapter={str(folder)!r}: does not fit this base ({reason}). Expected the base it was made for."
+        ) from error

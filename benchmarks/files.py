@@ -26,7 +26,8 @@ class StorageError(RunError):
 
 
 def write(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a temporary file beside `path`, then move it there: readers see the old file or the whole new one."""
+    """Let `fill` write a temporary file beside `path`, then move it there: readers see the old file or the
+    whole new one."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,14 +86,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what `write` and `write_folder` left in `folder` when their process was killed. Nobody may be writing there."""
+    """Remove what `write` and `write_folder` left in `folder` when their process was killed. Nobody may be
+    writing there."""
     for temporary in folder.glob(".*.tmp"):
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder at once for its readers: whoever is killed on the way leaves none that is half there, but what `remove_unfinished`
-    takes away."""
+    """Remove a folder at once for its readers: whoever is killed on the way leaves none that is half there,
+    but what `remove_unfinished` takes away."""
     hidden = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     if path.exists():

@@ -1,8 +1,9 @@
 """Greedy generation: batched by length, on the KV cache, each sequence until its own end.
 
-A loop of our own and not transformers' `generate`: that hands no skill ids to a router, looks at the device after every token, and keeps
-a finished sequence in the batch until the longest is done. Here finished sequences leave the batch, and the device is asked once in
-CHECK tokens. Prompts are padded on the left and masked, positions count real tokens, so a text does not depend on its neighbours.
+A loop of our own and not transformers' `generate`: that hands no skill ids to a router, looks at the device
+after every token, and keeps a finished sequence in the batch until the longest is done. Here finished
+sequences leave the batch, and the device is asked once in CHECK tokens. Prompts are padded on the left and
+masked, positions count real tokens, so a text does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ CHECK = 4
 
 @dataclass(frozen=True)
 class Stop:
-    """When a sequence is done: at an end token, once its text holds a stop string, or after `length` tokens."""
+    """When a sequence is done: at an end token, once its text holds a stop string, or after `length`
+    tokens."""
 
     length: int
     ends: frozenset[int]
@@ -60,7 +62,8 @@ def generate(
 ) -> list[str]:
     """The greedy continuation of each prompt (`batches.encode_prompts`), in the order given.
 
-    The model must be in evaluation mode and have room for prompt and continuation. Raises ConfigError for a router that reads ahead.
+    The model must be in evaluation mode and have room for prompt and continuation. Raises ConfigError for a
+    router that reads ahead.
     """
     until = Stop(max_new_tokens, _ends(model, tokenizer), tuple(filter(None, stop)), tokenizer)
     texts = [""] * len(prompts)
@@ -76,7 +79,9 @@ def generate(
 def _ends(model, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """End tokens of the tokenizer and of the model's own generation config, which may name several."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return frozenset(t for t in [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])] if t is not None)
+    return frozenset(
+        t for t in [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])] if t is not None
+    )
 
 
 def _generate(model, prompts: list[Example], until: Stop, pad: int) -> list[list[int]]:

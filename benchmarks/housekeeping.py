@@ -1,11 +1,17 @@
 """`moabench runs ...`: what lies in a folder of runs, and doing runs again.
 
-    moabench runs ls [RUNS] [--where 'method == "lora" and seed < 3']     state, accuracy and disk use of each run
-    moabench runs show RUN                                                 its result, command, attempts, disk use by part
-    moabench runs diff RUN RUN                                             config keys and metrics in which two runs differ
-    moabench runs rm RUN ... [--yes]                                       without --yes: what would be removed
-    moabench runs retry [RUN ...]                                          failed and interrupted runs again, one after the other
-    moabench runs rerun RUN                                                the same run anew, and whether its result is equal
+    moabench runs ls [RUNS] [--where 'method == "lora" and seed < 3']     state, accuracy and disk use of each
+                                                                          run
+    moabench runs show RUN                                                 its result, command, attempts, disk
+                                                                           use by part
+    moabench runs diff RUN RUN                                             config keys and metrics in which
+                                                                           two runs differ
+    moabench runs rm RUN ... [--yes]                                       without --yes: what would be
+                                                                           removed
+    moabench runs retry [RUN ...]                                          failed and interrupted runs again,
+                                                                           one after the other
+    moabench runs rerun RUN                                                the same run anew, and whether its
+                                                                           result is equal
 
 RUN is a run folder, or the beginning of the name or of the hash of one in --runs (default: runs).
 """
@@ -38,7 +44,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moabench runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="moabench runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, do, about, named in (
         ("ls", _ls, "list the runs", None),
@@ -52,11 +60,23 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(do=do)
         if named:
             command.add_argument("run", nargs=named, metavar="RUN")
-            command.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of run folders (default: runs)")
+            command.add_argument(
+                "--runs", default="runs", metavar="FOLDER", help="folder of run folders (default: runs)"
+            )
         else:
-            command.add_argument("runs", nargs="?", default="runs", metavar="FOLDER", help="folder of run folders (default: runs)")
+            command.add_argument(
+                "runs",
+                nargs="?",
+                default="runs",
+                metavar="FOLDER",
+                help="folder of run folders (default: runs)",
+            )
         if name in ("ls", "rm", "retry"):
-            command.add_argument("--where", metavar="QUERY", help="only runs for which this holds: 'method == \"lora\" and seed < 3'")
+            command.add_argument(
+                "--where",
+                metavar="QUERY",
+                help="only runs for which this holds: 'method == \"lora\" and seed < 3'",
+            )
         if name == "rm":
             command.add_argument("--yes", action="store_true", help="remove them")
     return parser
@@ -70,11 +90,18 @@ def find(text: str, runs_dir: str | Path) -> Path:
     if (Path(text).expanduser() / "status.json").is_file():
         return Path(text).expanduser()
     there = {path.name: path for path in runs.find(Path(runs_dir).expanduser())}
-    found = [path for name, path in there.items() if name.startswith(text) or name.rpartition("-")[2].startswith(text)]
+    found = [
+        path
+        for name, path in there.items()
+        if name.startswith(text) or name.rpartition("-")[2].startswith(text)
+    ]
     if len(found) == 1 or text in there:
         return there.get(text, found[0])
     if found:
-        raise ConfigError(f"run {text!r}: {len(found)} runs begin so, {', '.join(sorted(p.name for p in found)[:5])}; expected one.")
+        raise ConfigError(
+            f"run {text!r}: {len(found)} runs begin so, "
+            f"{', '.join(sorted(p.name for p in found)[:5])}; expected one."
+        )
     raise ConfigError(f"run {text!r}: no such run in {runs_dir}.{nearest(text, there)}")
 
 
@@ -91,7 +118,11 @@ def _chosen(given: argparse.Namespace) -> list[Path]:
 
 def size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder."""
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return (
+        path.stat().st_size
+        if path.is_file()
+        else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    )
 
 
 def config(path: Path) -> RunConfig:
@@ -109,11 +140,20 @@ def _ls(given: argparse.Namespace) -> int:
 
     found = _chosen(given)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in (("run", "left"), ("state", "left"), ("ended", "left"), ("accuracy %", "right"), ("MB", "right")):
+    for name, justify in (
+        ("run", "left"),
+        ("state", "left"),
+        ("ended", "left"),
+        ("accuracy %", "right"),
+        ("MB", "right"),
+    ):
         table.add_column(name, justify=justify, no_wrap=True)
     total, lines = 0, []
     for path in found:
-        status, metrics = files.read_json(path / "status.json") or {}, files.read_json(path / "metrics.json") or {}
+        status, metrics = (
+            files.read_json(path / "status.json") or {},
+            files.read_json(path / "metrics.json") or {},
+        )
         accuracy, used = summary.accuracy(metrics), size(path)
         total += used
         found_state = runs.state_of(path)
@@ -122,7 +162,9 @@ def _ls(given: argparse.Namespace) -> int:
         lines += [f"{path.name} {found_state}{reason}"] if reason else []
         table.add_row(path.name, found_state, status.get("ended", ""), shown, f"{used / 1e6:.1f}")
     console = Console(highlight=False)
-    console.width = max(console.width, 60 + max((len(path.name) for path in found), default=0))  # names are typed again: whole, always
+    console.width = max(
+        console.width, 60 + max((len(path.name) for path in found), default=0)
+    )  # names are typed again: whole, always
     console.print(table)
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
@@ -137,12 +179,30 @@ def _show(given: argparse.Namespace) -> int:
     status = files.read_json(path / "status.json") or {}
     if (path / "metrics.json").exists():
         summary.show(path)
-    plain = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) if (path / "config.yaml").exists() else None
+    plain = (
+        yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        if (path / "config.yaml").exists()
+        else None
+    )
     lines = [("state", runs.state_of(path) + (f": {status['reason']}" if status.get("reason") else ""))]
-    lines += [("before", f"{entry['state']} {entry.get('ended', '')} {entry.get('reason', '')}") for entry in status.get("before", [])]
-    lines += [("command", (plain and command(plain)) or "no command of this version composes it; config.yaml has the config")]
+    lines += [
+        ("before", f"{entry['state']} {entry.get('ended', '')} {entry.get('reason', '')}")
+        for entry in status.get("before", [])
+    ]
+    lines += [
+        (
+            "command",
+            (plain and command(plain))
+            or "no command of this version composes it; config.yaml has the config",
+        )
+    ]
     parts = sorted(((size(part), part.name) for part in path.iterdir()), reverse=True)
-    lines += [("disk", ", ".join(f"{name} {used / 1e6:.1f} MB" for used, name in parts if used >= 5e4) or "under 0.1 MB")]
+    lines += [
+        (
+            "disk",
+            ", ".join(f"{name} {used / 1e6:.1f} MB" for used, name in parts if used >= 5e4) or "under 0.1 MB",
+        )
+    ]
     for name, text in lines:
         print(f"  {name:<11} {text.strip()}")
     return 0
@@ -162,7 +222,10 @@ def _rm(given: argparse.Namespace) -> int:
         raise ConfigError("runs rm: expected the runs to be removed, or --where.")
     found = _chosen(given)
     if busy := [path.name for path in found if runs.state_of(path) == "running"]:
-        raise ConfigError(f"runs rm: {', '.join(busy)} {'is' if len(busy) == 1 else 'are'} running; expected runs that nobody holds.")
+        raise ConfigError(
+            f"runs rm: {', '.join(busy)} {'is' if len(busy) == 1 else 'are'} running; expected runs "
+            "that nobody holds."
+        )
     for path in found:
         print(f"{'removed' if given.yes else 'would remove'} {path} ({size(path) / 1e6:.1f} MB)")
         if given.yes:
@@ -186,7 +249,11 @@ def _retry(given: argparse.Namespace) -> int:
         try:
             outcome = run(dataclasses.replace(config(path), runs_dir=str(path.parent)))
             if outcome.folder.name != path.name:
-                print(f"{path.name}: with this version of code or data it is another run, {outcome.folder.name}", file=sys.stderr)
+                print(
+                    f"{path.name}: with this version of code or data it is another run, "
+                    f"{outcome.folder.name}",
+                    file=sys.stderr,
+                )
         except Exception as error:
             worst = max(worst, report(error, False, label=f"{path.name}: "))
     return worst
@@ -199,14 +266,17 @@ def _rerun(given: argparse.Namespace) -> int:
     if runs.state_of(path) != "finished":
         raise ConfigError(f"runs rerun {path.name}: it is {runs.state_of(path)}; expected a finished run.")
     with tempfile.TemporaryDirectory() as scratch:
-        again = run(dataclasses.replace(config(path), runs_dir=scratch, quiet=True, logger=LoggerConfig(kind="none"))).folder
+        again = run(
+            dataclasses.replace(config(path), runs_dir=scratch, quiet=True, logger=LoggerConfig(kind="none"))
+        ).folder
         environments = [files.read_json(folder / "environment.json") or {} for folder in (path, again)]
         for key, a, b in differences(*environments):
             print(f"environment: {key}: {_shown(a)} | {_shown(b)}")
         found = list(unequal(path, again))
         for line in found:
             print(line)
-    print(f"{path.name}: {f'{len(found)} differences' if found else 'equal in every metric and table, but for times and memory'}")
+    equal = "equal in every metric and table, but for times and memory"
+    print(f"{path.name}: {f'{len(found)} differences' if found else equal}")
     return 1 if found else 0
 
 
@@ -215,9 +285,13 @@ def unequal(a: Path, b: Path) -> Iterator[str]:
     import pandas as pd
 
     metrics = [
-        {k: v for k, v in (files.read_json(path / "metrics.json") or {}).items() if not any(word in k for word in MEASURED)}
+        {
+            k: v
+            for k, v in (files.read_json(path / "metrics.json") or {}).items()
+            if not any(word in k for word in MEASURED)
+        }
         for path in (a, b)
-    ]  # fmt: skip
+    ]
     yield from (f"{key}: {_shown(one)} | {_shown(other)}" for key, one, other in differences(*metrics))
     for name in sorted({file.name for path in (a, b) for file in path.glob("*.parquet")}):
         there = [path / name for path in (a, b)]
@@ -225,7 +299,9 @@ def unequal(a: Path, b: Path) -> Iterator[str]:
             yield f"{name}: only one of the two has it"
             continue
         tables = [pd.read_parquet(file) for file in there]
-        tables = [table[[c for c in table.columns if not any(word in c for word in MEASURED)]] for table in tables]
+        tables = [
+            table[[c for c in table.columns if not any(word in c for word in MEASURED)]] for table in tables
+        ]
         try:
             pd.testing.assert_frame_equal(*tables, check_exact=True)
         except AssertionError as error:
@@ -237,7 +313,11 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, A
     from moabench.analysis.reading import flat
 
     one, other = flat(a), flat(b)
-    return [(key, one.get(key), other.get(key)) for key in dict.fromkeys((*one, *other)) if one.get(key) != other.get(key)]
+    return [
+        (key, one.get(key), other.get(key))
+        for key in dict.fromkeys((*one, *other))
+        if one.get(key) != other.get(key)
+    ]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

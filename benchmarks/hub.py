@@ -1,8 +1,9 @@
 """Public data sets of the hub in our row format: one reader for each layout of columns.
 
-A task's file names its reader (`metadata.hub.reader`). A reader takes one public row and gives ours without `task`; it raises KeyError for
-a missing column and ValueError for a content that it does not know (hidden labels among them). The sets are plain files (parquet or JSON)
-at a pinned commit: `datasets` runs no loading scripts since version 4.
+A task's file names its reader (`metadata.hub.reader`). A reader takes one public row and gives ours without
+`task`; it raises KeyError for a missing column and ValueError for a content that it does not know (hidden
+labels among them). The sets are plain files (parquet or JSON) at a pinned commit: `datasets` runs no loading
+scripts since version 4.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ def lettered(row: Row) -> Row:
     """ARC, OpenBookQA, CommonsenseQA: options with letters (or digits) and the right one's."""
     question = row["question_stem"] if "question_stem" in row else row["question"]
     names, key = list(row["choices"]["label"]), row["answerKey"].strip()
-    return {"id": row["id"], "question": question, "choices": list(row["choices"]["text"]), "label": _index(key, names, "answerKey")}
+    return {
+        "id": row["id"],
+        "question": question,
+        "choices": list(row["choices"]["text"]),
+        "label": _index(key, names, "answerKey"),
+    }
 
 
 def boolq(row: Row) -> Row:
@@ -29,7 +35,12 @@ def boolq(row: Row) -> Row:
 
 def boolq_passage(row: Row) -> Row:
     """BoolQ of SuperGLUE."""
-    return {"question": row["question"], "context": row["passage"], "choices": ["false", "true"], "label": row["label"]}
+    return {
+        "question": row["question"],
+        "context": row["passage"],
+        "choices": ["false", "true"],
+        "label": row["label"],
+    }
 
 
 def piqa(row: Row) -> Row:
@@ -57,7 +68,11 @@ def hellaswag(row: Row) -> Row:
 
 
 def winogrande(row: Row) -> Row:
-    return {"question": row["sentence"], "choices": [row["option1"], row["option2"]], "label": _index(row["answer"], ["1", "2"], "answer")}
+    return {
+        "question": row["sentence"],
+        "choices": [row["option1"], row["option2"]],
+        "label": _index(row["answer"], ["1", "2"], "answer"),
+    }
 
 
 def gsm8k(row: Row) -> Row:
@@ -71,11 +86,18 @@ def aqua(row: Row) -> Row:
     """Options are "A)21"; the prefix goes."""
     choices, letters = [option.partition(")")[2].strip() for option in row["options"]], "ABCDE"
     label = _index(row["correct"], letters[: len(choices)], "correct")
-    return {"question": row["question"], "choices": choices, "label": label, "answer": letters[label], "solution": row["rationale"]}
+    return {
+        "question": row["question"],
+        "choices": choices,
+        "label": label,
+        "answer": letters[label],
+        "solution": row["rationale"],
+    }
 
 
 def mathqa(row: Row) -> Row:
-    """Options are one text "a ) 38 , b ) 12 , 000 , ...", in some rows that of a list. lm-eval ends an option at its first comma."""
+    """Options are one text "a ) 38 , b ) 12 , 000 , ...", in some rows that of a list. lm-eval ends an option
+    at its first comma."""
     text = row["options"]
     parts = ast.literal_eval(text) if text.startswith("[") else re.split(r" , (?=[a-e] \) )", text)
     choices, letters = [part.strip()[4:] for part in parts], "abcde"
@@ -114,7 +136,22 @@ def lila(row: Row) -> Row:
 
 READERS: dict[str, Callable[[Row], Row]] = {
     reader.__name__: reader
-    for reader in (lettered, boolq, boolq_passage, piqa, siqa, hellaswag, winogrande, gsm8k, aqua, mathqa, svamp, multiarith, mawps, lila)
+    for reader in (
+        lettered,
+        boolq,
+        boolq_passage,
+        piqa,
+        siqa,
+        hellaswag,
+        winogrande,
+        gsm8k,
+        aqua,
+        mathqa,
+        svamp,
+        multiarith,
+        mawps,
+        lila,
+    )
 }
 
 

@@ -4,20 +4,22 @@
     rows = apply(report, train_rows, "drop")      # or "refuse", "mark"
     files.write_json(path / "metrics/leakage.json", report.record("drop"))
 
-Every training row is compared with every evaluation row of the run, on normalised text: Unicode NFKC, lower case, no punctuation,
-no spacing, 70.0 and 4.80 as 70 and 4.8, number words up to twenty as digits. Four kinds of match:
+Every training row is compared with every evaluation row of the run, on normalised text: Unicode NFKC, lower
+case, no punctuation, no spacing, 70.0 and 4.80 as 70 and 4.8, number words up to twenty as digits. Four kinds
+of match:
 
     exact      choice tasks: context, question and set of choices agree; free-answer math: the question agrees
     question   choice tasks: context and question agree, the choices do not
     near       the texts differ by a few words that change nothing asked for (`_near`)
     numbers    free-answer math: the question agrees but for its numbers
 
-The first three are taken out. `numbers` is listed only: word problems are written from templates (MAWPS, MultiArith and the built-in
-world are), the numbers make the question and its answer, and a template seen in training is what a train split is for.
+The first three are taken out. `numbers` is listed only: word problems are written from templates (MAWPS,
+MultiArith and the built-in world are), the numbers make the question and its answer, and a template seen in
+training is what a train split is for.
 
-Instruction rows have no fields to compare, so the evaluation row is looked for inside the text. Its question as a whole paragraph or
-line, or as what follows a colon in one, is `exact` with its choices in the text and `question` without; near are texts that hold nearly
-all of its shingles, every number and every content word.
+Instruction rows have no fields to compare, so the evaluation row is looked for inside the text. Its question
+as a whole paragraph or line, or as what follows a colon in one, is `exact` with its choices in the text and
+`question` without; near are texts that hold nearly all of its shingles, every number and every content word.
 
 Compared with the overlap tables of shared/datasets/README.md in tests/benchmarks/test_leakage.py.
 """
@@ -47,8 +49,8 @@ SIMILARITY = 0.6
 CONTAINED = 0.8
 """Least share of an evaluation row's shingles that an instruction holds to be near it."""
 ASKED = 5
-"""Least words of a part of an instruction that count as an evaluation row's question where its choices are absent: shorter parts are
-often one of the options."""
+"""Least words of a part of an instruction that count as an evaluation row's question where its choices are
+absent: shorter parts are often one of the options."""
 LISTED = 20
 """Matches of kind `numbers` that are listed for a pair of tasks; all are counted."""
 
@@ -87,7 +89,8 @@ class Report:
         return frozenset(match.train for match in self.matches if match.kind in REMOVED)
 
     def counts(self) -> list[dict[str, Any]]:
-        """For each pair of tasks: training rows of each kind (a row counts once, under its strongest) and evaluation rows that leak."""
+        """For each pair of tasks: training rows of each kind (a row counts once, under its strongest) and
+        evaluation rows that leak."""
         kinds: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
         hit: dict[tuple[str, str], set[str]] = defaultdict(set)
         for m in self.matches:
@@ -120,10 +123,14 @@ class Report:
         }
 
 
-def check(train: Sequence[Mapping[str, Any]], evaluation: Sequence[Mapping[str, Any]], near: bool = True) -> Report:
-    """Compare every training row with every evaluation row. A row object that occurs several times is compared once.
+def check(
+    train: Sequence[Mapping[str, Any]], evaluation: Sequence[Mapping[str, Any]], near: bool = True
+) -> Report:
+    """Compare every training row with every evaluation row. A row object that occurs several times is
+    compared once.
 
-    near=False leaves near duplicates out: for sources made of templates, where two facts may differ in little (the built-in world).
+    near=False leaves near duplicates out: for sources made of templates, where two facts may differ in little
+    (the built-in world).
     """
     known = _Evaluation(evaluation, near)
     places: dict[int, list[int]] = defaultdict(list)
@@ -135,7 +142,10 @@ def check(train: Sequence[Mapping[str, Any]], evaluation: Sequence[Mapping[str, 
         for number, kind, similarity in known.matches(row):
             other = evaluation[number]
             ids = str(row["id"]), _task(row), str(other["id"]), _task(other)
-            matches += [Match(index, *ids, kind, round(similarity, 3), _short(row), _short(other)) for index in indices]
+            matches += [
+                Match(index, *ids, kind, round(similarity, 3), _short(row), _short(other))
+                for index in indices
+            ]
     matches.sort(key=lambda m: (KINDS.index(m.kind), m.train))
     return Report(tuple(matches), len(train), len(evaluation), near)
 
@@ -149,7 +159,10 @@ def apply(report: Report, rows: Sequence[Any], mode: str) -> list[Any]:
     if mode == "mark" or not report.leaked:
         return list(rows)
     if mode == "refuse":
-        raise ConfigError(f"leakage=refuse: {_told(report)} Expected none; leakage=drop takes them out, leakage=mark keeps them.")
+        raise ConfigError(
+            f"leakage=refuse: {_told(report)} Expected none; leakage=drop takes them out, "
+            "leakage=mark keeps them."
+        )
     kept = [row for index, row in enumerate(rows) if index not in report.leaked]
     if not kept:
         raise ConfigError(f"leakage=drop: nothing is left to train on. {_told(report)}")
@@ -162,16 +175,23 @@ def _told(report: Report) -> str:
     for pair in report.counts():
         found = [f"{pair[kind]} {kind}" for kind in REMOVED if pair[kind]]
         pairs += [f"{pair['train_task']} in {pair['eval_task']}: {', '.join(found)}"] if found else []
-    first = [f"{m.train_id} = {m.eval_id} ({m.kind}: {m.train_text[:60]!r})" for m in report.matches if m.kind in REMOVED][:3]
-    return f"{len(report.leaked)} of {report.train_rows} training rows are evaluation rows ({'; '.join(pairs)}). First: {'; '.join(first)}."
+    first = [
+        f"{m.train_id} = {m.eval_id} ({m.kind}: {m.train_text[:60]!r})"
+        for m in report.matches
+        if m.kind in REMOVED
+    ][:3]
+    return (
+        f"{len(report.leaked)} of {report.train_rows} training rows are evaluation rows "
+        f"({'; '.join(pairs)}). First: {'; '.join(first)}."
+    )
 
 
 # ---- text
 
 _WORD = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?|[^\W\d_]+")
 _SMALL = """
-    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen
-    twenty
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen twenty
 """
 _DIGITS = {word: str(number) for number, word in enumerate(_SMALL.split())}
 
@@ -193,7 +213,8 @@ def _key(text: list[str], masked: bool = False) -> str:
 
 
 def _shingles(pieces: Iterable[list[str]], shortest: int = NGRAM) -> set[tuple[str, ...]]:
-    """Runs of NGRAM words within a piece; a shorter piece is one shingle. `shortest` below NGRAM adds all shorter runs."""
+    """Runs of NGRAM words within a piece; a shorter piece is one shingle. `shortest` below NGRAM adds all
+    shorter runs."""
     found = set()
     for piece in pieces:
         if len(piece) < NGRAM:
@@ -205,8 +226,10 @@ def _shingles(pieces: Iterable[list[str]], shortest: int = NGRAM) -> set[tuple[s
 
 
 _EMPTY_TEXT = """
-    a an the of to in on at for by with from and or as than then so if but is are was were be been being am do does did has have had
-    will would can could shall should may might must this that these those it its there here their his her s t d ll re ve n
+    a an the of to in on at for by with from and or as than then so if but is are was were be been being
+    am do does did has have had
+    will would can could shall should may might must this that these those it its there here their his
+    her s t d ll re ve n
 """
 _EMPTY = frozenset(_EMPTY_TEXT.split())
 """Words whose change changes no question."""
@@ -214,7 +237,8 @@ _NEGATIONS = frozenset({"not", "no", "never", "none", "without", "except", "neit
 
 
 def _same_meaning(one: set[str], other: set[str]) -> bool:
-    """True unless a content word was exchanged, or a number or negation added: "a season 4 of Rake" is not "a season 4 of Fargo".
+    """True unless a content word was exchanged, or a number or negation added: "a season 4 of Rake" is not "a
+    season 4 of Fargo".
 
     Forms of one word (same first four letters, lengths at most three apart) are not an exchange.
     """
@@ -230,14 +254,18 @@ def _unlike(odd: set[str], others: set[str]) -> bool:
     stems = defaultdict(list)
     for word in others:
         stems[word[:4]].append(len(word))
-    return any(len(word) < 4 or all(abs(len(word) - length) > 3 for length in stems.get(word[:4], ())) for word in odd)
+    return any(
+        len(word) < 4 or all(abs(len(word) - length) > 3 for length in stems.get(word[:4], ()))
+        for word in odd
+    )
 
 
 def _near(one: _Row, other: _Row) -> bool:
     """Whether two similar texts ask the same.
 
-    Free-answer math: they state the same numbers, at least two; names and wording are then paraphrase. Else no content word may be
-    exchanged (`_same_meaning`), which keeps the many short questions of one pattern apart.
+    Free-answer math: they state the same numbers, at least two; names and wording are then paraphrase. Else
+    no content word may be exchanged (`_same_meaning`), which keeps the many short questions of one pattern
+    apart.
     """
     if one.free and other.free and len(other.numbers) > 1:
         return one.numbers == other.numbers
@@ -257,7 +285,9 @@ class _Row:
         self._choices = [words(choice) for choice in raw]
         self.key = _key(self._context + self._question)
         # A choice such as "+" has no words: its text stands for it.
-        self.choices = frozenset(_key(choice) or text for choice, text in zip(self._choices, raw, strict=True))
+        self.choices = frozenset(
+            _key(choice) or text for choice, text in zip(self._choices, raw, strict=True)
+        )
 
     @cached_property
     def masked(self) -> str:
@@ -294,8 +324,9 @@ class _Evaluation:
     def rare(self) -> dict[tuple[str, ...], list[int]]:
         """Rare shingles of each row, enough of them that no near duplicate is missed.
 
-        Two sets whose intersection is 60 % of their union share 60 % of each, so of any 40 % of a row's shingles, and one more, its
-        near duplicate has one. The rarest make the shortest lists (prefix filtering).
+        Two sets whose intersection is 60 % of their union share 60 % of each, so of any 40 % of a row's
+        shingles, and one more, its near duplicate has one. The rarest make the shortest lists (prefix
+        filtering).
         """
         frequency = Counter(shingle for row in self.rows for shingle in row.shingles)
         found: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -325,7 +356,8 @@ class _Evaluation:
             yield from self._numbers(row, done)
 
     def _numbers(self, row: _Row, done: set[int]) -> Iterator[tuple[int, str, float]]:
-        """The first row of each task whose question differs in its numbers only, unless the task has a stronger match."""
+        """The first row of each task whose question differs in its numbers only, unless the task has a
+        stronger match."""
         tasks = {self.tasks[number] for number in done}
         for number in self.masked.get(row.masked, ()):
             if self.tasks[number] not in tasks:
@@ -351,7 +383,11 @@ class _Evaluation:
             for number in sorted(self._candidates(shingles) - done):
                 other = self.rows[number]
                 similarity = _contained(other, shingles)
-                if similarity >= CONTAINED and other.numbers <= numbers and other.vocabulary - _EMPTY <= vocabulary:
+                if (
+                    similarity >= CONTAINED
+                    and other.numbers <= numbers
+                    and other.vocabulary - _EMPTY <= vocabulary
+                ):
                     done.add(number)
                     yield number, "near", similarity
         yield from self._numbers(_Row({"question": row["instruction"], "answer": ""}), done)
@@ -371,7 +407,8 @@ def _jaccard(one: _Row, other: _Row) -> float:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Each paragraph and line, and what follows each colon in one: "Please answer, question: is it so?" holds "is it so?"."""
+    """Each paragraph and line, and what follows each colon in one: "Please answer, question: is it so?" holds
+    "is it so?"."""
     for part in dict.fromkeys([*re.split(r"\n\s*\n", text), *text.splitlines()]):
         pieces = part.split(":")
         for start in range(len(pieces)):

@@ -3,10 +3,10 @@
     moabench memory method=moa_soft model=llama3.1_8b train=paper train.gradient_checkpointing=true
     moabench memory --table                      the table of benchmarks/README.md
 
-The step is run on fake tensors (nothing is computed, nothing allocated) while every storage that comes to life and dies is counted; that
-finds activations, gradients and passing tensors of any method as it is. Batches are full: `train.max_length` tokens without padding, and
-logits of all of them, which is the worst that can come. Not counted: what the CUDA context and the allocator's gaps take (about 1 GB),
-and evaluation.
+The step is run on fake tensors (nothing is computed, nothing allocated) while every storage that comes to
+life and dies is counted; that finds activations, gradients and passing tensors of any method as it is.
+Batches are full: `train.max_length` tokens without padding, and logits of all of them, which is the worst
+that can come. Not counted: what the CUDA context and the allocator's gaps take (about 1 GB), and evaluation.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ if TYPE_CHECKING:
     from .config import RunConfig
 
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-"""A weight in 4 bits with double quantisation: its half byte, a byte of scale for 64 of them, a float for 256 such scales (2305.14314)."""
+"""A weight in 4 bits with double quantisation: its half byte, a byte of scale for 64 of them, a float for 256
+such scales (2305.14314)."""
 QUANTISED = {8: 1.0, 4: NF4_BYTES}
-"""Bytes of a weight of a quantised linear, by `model.quantize`; those of rows' and columns' scales at 8 bits do not count."""
+"""Bytes of a weight of a quantised linear, by `model.quantize`; those of rows' and columns' scales at 8 bits
+do not count."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. frozen: the base's weights; trained: of what trains, with optimiser: its two moments; step: the most that
-    gradients, activations and passing tensors take together; gathered: weights of other processes and unpacked ones, while in use."""
+    """Bytes on one device. frozen: the base's weights; trained: of what trains, with optimiser: its two
+    moments; step: the most that gradients, activations and passing tensors take together; gathered: weights
+    of other processes and unpacked ones, while in use."""
 
     frozen: float
     trained: float
@@ -56,9 +59,15 @@ class Memory:
 
 
 def estimate(
-    model: nn.Module, batch: int, length: int, checkpointing: bool = False, quantize: int | None = None, processes: int = 1
+    model: nn.Module,
+    batch: int,
+    length: int,
+    checkpointing: bool = False,
+    quantize: int | None = None,
+    processes: int = 1,
 ) -> Memory:
-    """Of a training step of `model`, an adapted model on the meta device, on `batch` sequences of `length` tokens.
+    """Of a training step of `model`, an adapted model on the meta device, on `batch` sequences of `length`
+    tokens.
 
     processes: over how many the frozen base is sharded.
     """
@@ -72,7 +81,9 @@ def _with_weights(model: nn.Module, step: int, quantize: int | None, processes: 
     linears = {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad and name.startswith(tuple(inside))
+        if isinstance(module, nn.Linear)
+        and not module.weight.requires_grad
+        and name.startswith(tuple(inside))
     }
     packed = linears if quantize else {}  # bitsandbytes leaves what lies outside of the layers as it is
     frozen = {
@@ -81,7 +92,9 @@ def _with_weights(model: nn.Module, step: int, quantize: int | None, processes: 
         if not p.requires_grad
     }
     whole, gathered = sum(frozen.values()), 0.0
-    if processes > 1:  # FSDP holds the layer that runs and the next one, and what lies outside of the layers all the time
+    if (
+        processes > 1
+    ):  # FSDP holds the layer that runs and the next one, and what lies outside of the layers all the time
         layers = [sum(size for name, size in frozen.items() if name.startswith(layer)) for layer in inside]
         gathered = (1 - 1 / processes) * (whole - sum(layers) + 2 * max(layers))
     if packed:  # one linear at a time is unpacked
@@ -138,7 +151,8 @@ def _peak(model: nn.Module, batch: int, length: int, checkpointing: bool) -> int
 
 
 def checkpoint(base: nn.Module) -> None:
-    """Gradient checkpointing of a transformers model as the Trainer switches it on; by its older name where there is no newer one."""
+    """Gradient checkpointing of a transformers model as the Trainer switches it on; by its older name where
+    there is no newer one."""
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -162,7 +176,11 @@ def _materialise(model: nn.Module) -> None:
             for name, t in held.items():
                 if t is not None and id(t) not in made:
                     fake = torch.empty(t.shape, dtype=t.dtype)
-                    made[id(t)] = nn.Parameter(fake, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else fake
+                    made[id(t)] = (
+                        nn.Parameter(fake, requires_grad=t.requires_grad)
+                        if isinstance(t, nn.Parameter)
+                        else fake
+                    )
                 if t is not None:
                     held[name] = made[id(t)]
 
@@ -172,9 +190,17 @@ def _materialise(model: nn.Module) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run `moabench memory <argv>`; returns the exit code. Raises ConfigError."""
-    parser = argparse.ArgumentParser(prog="moabench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="moabench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--table", action="store_true", help="models of usual sizes under usual methods")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="over which shard=true splits the base (default: 1)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="over which shard=true splits the base (default: 1)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of a run")
     given = parser.parse_args(argv)
     for line in _table() if given.table else _of_config(composed(given.overrides), given.processes):
@@ -190,12 +216,15 @@ def _of_config(cfg: RunConfig, processes: int) -> Iterator[str]:
     cfg, _ = apply(cfg)
     t, model = cfg.train, Skeleton(cfg).attached(cfg.method)
     yield (
-        f"{cfg.parsed_method.name} on {cfg.model.name} ({cfg.model.dtype}), a step of {t.batch_size} x {t.max_length} tokens"
+        f"{cfg.parsed_method.name} on {cfg.model.name} ({cfg.model.dtype}), a step of {t.batch_size} "
+        f"x {t.max_length} tokens"
         + (f", base in {cfg.model.quantize} bits" if cfg.model.quantize else "")
         + (", gradient checkpointing" if t.gradient_checkpointing else "")
         + (f", base over {processes} processes" if processes > 1 else "")
     )
-    found = estimate(model, t.batch_size, t.max_length, t.gradient_checkpointing, cfg.model.quantize, processes)
+    found = estimate(
+        model, t.batch_size, t.max_length, t.gradient_checkpointing, cfg.model.quantize, processes
+    )
     rows = {
         "frozen weights": found.frozen,
         "trained weights": found.trained,
@@ -215,22 +244,43 @@ LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads":
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3.2_1b": (
         "llama",
-        LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+        LLAMA
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "tie_word_embeddings": True,
+        },
     ),
     "llama3.2_3b": (
         "llama",
         LLAMA
-        | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "tie_word_embeddings": True},
+        | {
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 24,
+            "tie_word_embeddings": True,
+        },
     ),
-    "llama3.1_8b": ("llama", LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}),
+    "llama3.1_8b": (
+        "llama",
+        LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    ),
     "qwen3_14b": (
         "qwen3",
         {
-            "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40,
-            "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+            "vocab_size": 151936,
+            "hidden_size": 5120,
+            "intermediate_size": 17408,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": False,
         },
     ),
-}  # fmt: skip
+}
 """model_type and sizes of models in conf/model, whose own configs lie on the hub."""
 WAYS: dict[str, tuple[bool, int | None, int]] = {
     "plain": (False, None, 1),
@@ -257,7 +307,13 @@ def _table(batch: int = 8, length: int = 256) -> Iterator[str]:
     yield "|---|---|" + "---:|" * len(WAYS)
     for name in SIZES:
         for method in ("lora", "molora", "mixlora", "moa_soft"):
-            models = {way: methods.attach(bare(name), catalog.raw(method)).to("meta") for way in (False, True)}
+            models = {
+                way: methods.attach(bare(name), catalog.raw(method)).to("meta") for way in (False, True)
+            }
             steps = {way: _peak(model, batch, length, checkpointing=way) for way, model in models.items()}
             found = [_with_weights(models[way], steps[way], *more) for way, *more in WAYS.values()]
-            yield f"| `{name}` | `{method}` | " + " | ".join(f"{memory.total / 2**30:.1f}" for memory in found) + " |"
+            yield (
+                f"| `{name}` | `{method}` | "
+                + " | ".join(f"{memory.total / 2**30:.1f}" for memory in found)
+                + " |"
+            )

@@ -1,4 +1,5 @@
-"""Expert load and routing, counted while a model runs: sums per site that stay on the device until somebody reads them.
+"""Expert load and routing, counted while a model runs: sums per site that stay on the device until somebody
+reads them.
 
     meter = Meter()
     with record(model) as rec:
@@ -6,7 +7,8 @@
     meter.update(rec.routing, batch["input_ids"].shape)
     readings.rows(meter, split="train", task="arc_easy@builtin"), readings.measures(meter)
 
-Shapes: S sites stacked, T tokens, E experts. Padding counts nowhere. An update is a few passes over [S, T, E], no host sync.
+Shapes: S sites stacked, T tokens, E experts. Padding counts nowhere. An update is a few passes over [S, T,
+E], no host sync.
 """
 
 from __future__ import annotations
@@ -37,27 +39,35 @@ class Sums:
     unit: str
     """What was counted: token or sequence."""
     values: dict[str, Tensor]
-    """int64: tokens [S], idle [S] (tokens without an expert), assignments [S, E]; float64: weights, members (weights as shares of
-    their row), probs [S, E], entropy (nats), max_vio (of each batch), batches, logsumexp [S], entropy_bins [S, BINS] (tokens by their
-    normalised entropy). No probs, entropy where a router has none, no logsumexp without logits. With `pairs`, also together [S, E, E]
-    (co-activation) and, where k is fixed, margin_bins [S, BINS]."""
+    """int64: tokens [S], idle [S] (tokens without an expert), assignments [S, E]; float64: weights, members
+    (weights as shares of their row), probs [S, E], entropy (nats), max_vio (of each batch), batches,
+    logsumexp [S], entropy_bins [S, BINS] (tokens by their normalised entropy). No probs, entropy where a
+    router has none, no logsumexp without logits. With `pairs`, also together [S, E, E] (co-activation) and,
+    where k is fixed, margin_bins [S, BINS]."""
 
 
 @dataclass
 class Meter:
-    """Accumulates `{site: Routing}` of any number of forward passes. pairs: count co-activation and margins too, which costs more."""
+    """Accumulates `{site: Routing}` of any number of forward passes. pairs: count co-activation and margins
+    too, which costs more."""
 
     groups: dict[tuple, Sums] = field(default_factory=dict)
     pairs: bool = False
 
     @torch.no_grad()
     def update(self, routing: Mapping[str, Routing], shape: tuple[int, int]) -> None:
-        """Adds one forward pass over input ids of `shape` [B, L]. A router that decides once a sequence is counted once a sequence."""
-        routing = {site: once_a_sequence(r, shape) if r.granularity == "sequence" else r for site, r in routing.items()}
+        """Adds one forward pass over input ids of `shape` [B, L]. A router that decides once a sequence is
+        counted once a sequence."""
+        routing = {
+            site: once_a_sequence(r, shape) if r.granularity == "sequence" else r
+            for site, r in routing.items()
+        }
         kinds: dict[tuple, list[str]] = {}
         for site, r in routing.items():
             there = tuple(t is not None and t.shape[-1] for t in (r.probs, r.logits, r.ids))
-            kinds.setdefault((r.weights.shape[-1], r.soft, there, r.granularity, str(r.weights.device)), []).append(site)
+            kinds.setdefault(
+                (r.weights.shape[-1], r.soft, there, r.granularity, str(r.weights.device)), []
+            ).append(site)
         for kind, sites in kinds.items():
             self._add((*sites, kind[1]), _sums(tuple(sites), [routing[site] for site in sites], self.pairs))
 
@@ -74,7 +84,11 @@ class Meter:
         """This meter with other sums, in the order of `tensors()`."""
         given = iter(tensors)
         return Meter(
-            {key: replace(s, values={name: next(given) for name in sorted(s.values)}) for key, s in self.groups.items()}, self.pairs
+            {
+                key: replace(s, values={name: next(given) for name in sorted(s.values)})
+                for key, s in self.groups.items()
+            },
+            self.pairs,
         )
 
     def state(self) -> list[dict[str, Any]]:
@@ -83,22 +97,28 @@ class Meter:
 
     @classmethod
     def from_state(cls, state: list[dict[str, Any]]) -> Meter:
-        return cls({tuple(entry["key"]): Sums(**{k: v for k, v in entry.items() if k != "key"}) for entry in state})
+        return cls(
+            {tuple(entry["key"]): Sums(**{k: v for k, v in entry.items() if k != "key"}) for entry in state}
+        )
 
     def _add(self, key: tuple, sums: Sums) -> None:
         if key not in self.groups:
-            self.groups[key] = Sums(sums.sites, sums.experts, sums.soft, sums.unit, {k: v.clone() for k, v in sums.values.items()})
+            self.groups[key] = Sums(
+                sums.sites, sums.experts, sums.soft, sums.unit, {k: v.clone() for k, v in sums.values.items()}
+            )
             return
         values = self.groups[key].values
         for name in list(values):
             if name in sums.values:
                 values[name].add_(sums.values[name].to(values[name].device))
-            else:  # one side comes from a checkpoint of a version that did not count this: half a count is none
+            # one side comes from a checkpoint of a version that did not count this: half a count is none
+            else:
                 del values[name]
 
 
 def fetch(tensors: Sequence[Tensor], reduce: bool = False) -> list[Tensor]:
-    """The tensors on the host by one copy; with `reduce` summed over all processes first. Counts are exact to 2^53."""
+    """The tensors on the host by one copy; with `reduce` summed over all processes first. Counts are exact to
+    2^53."""
     if not tensors:
         return []
     flat = torch.cat([t.detach().reshape(-1).to(tensors[0].device, torch.float64) for t in tensors])
@@ -109,9 +129,11 @@ def fetch(tensors: Sequence[Tensor], reduce: bool = False) -> list[Tensor]:
 
 
 def sequence_counts(routing: Sequence[Routing], shape: tuple[int, int]) -> Tensor:
-    """How often each sequence used each expert, [B, S, E] float32 on the host, of S sites with equally many experts.
+    """How often each sequence used each expert, [B, S, E] float32 on the host, of S sites with equally many
+    experts.
 
-    Assignments, for soft mixtures weights as shares; over real tokens, or 1 in all where a router decides once a sequence.
+    Assignments, for soft mixtures weights as shares; over real tokens, or 1 in all where a router decides
+    once a sequence.
     """
     found = []
     for r in routing:
@@ -140,14 +162,19 @@ def _sums(sites: tuple[str, ...], routings: list[Routing], pairs: bool) -> Sums:
     experts = weights.shape[-1]
     real = _real(routings, weights)  # [S, T], 1 or 0
     tokens = real.sum(-1)
-    floats = {"weights": _over_tokens(real, weights), "members": _over_tokens(real, balance.membership(weights))}
+    floats = {
+        "weights": _over_tokens(real, weights),
+        "members": _over_tokens(real, balance.membership(weights)),
+    }
     if first.probs is not None:
         probs = balance.membership(torch.stack([r.probs for r in routings]).float())
         entropy = balance.entropy(probs)
         floats |= {"probs": _over_tokens(real, probs), "entropy": (entropy * real).sum(-1)}
         floats["entropy_bins"] = measure.histogram(entropy / math.log(max(experts, 2)), real)
     if first.logits is not None:
-        floats["logsumexp"] = (optimisation.logsumexp(torch.stack([r.logits for r in routings]).float()) * real).sum(-1)
+        floats["logsumexp"] = (
+            optimisation.logsumexp(torch.stack([r.logits for r in routings]).float()) * real
+        ).sum(-1)
     if first.soft:
         assignments, idle = tokens.unsqueeze(-1).expand_as(floats["weights"]), torch.zeros_like(tokens)
         share = balance.importance(floats["members"])
@@ -168,12 +195,15 @@ def _sums(sites: tuple[str, ...], routings: list[Routing], pairs: bool) -> Sums:
 
 
 def _real(routings: list[Routing], weights: Tensor) -> Tensor:
-    """[S, T] with 1 on real tokens. Sites of one forward usually share their mask, which then is expanded, not copied."""
+    """[S, T] with 1 on real tokens. Sites of one forward usually share their mask, which then is expanded,
+    not copied."""
     masks = [r.mask for r in routings]
     if all(mask is masks[0] for mask in masks):
         one = weights.new_ones(()) if masks[0] is None else masks[0].reshape(-1).to(weights.dtype)
         return one.expand(weights.shape[:2])
-    return torch.stack([weights.new_ones(weights.shape[1]) if m is None else m.reshape(-1).to(weights.dtype) for m in masks])
+    return torch.stack(
+        [weights.new_ones(weights.shape[1]) if m is None else m.reshape(-1).to(weights.dtype) for m in masks]
+    )
 
 
 def _over_tokens(real: Tensor, values: Tensor) -> Tensor:

@@ -1,14 +1,19 @@
 """Mixes: what is trained on. One YAML of conf/mix is one mix, and its parts add up.
 
     own     the train splits of the tasks that are evaluated, of those that have one
-    parts   train splits of named tasks, each with a weight and a cap; for a task of `own` they adjust its part
-    file    an instruction file in the format of LLM-Adapters: JSON list or JSONL of {instruction, input, output, answer}
+    parts   train splits of named tasks, each with a weight and a cap; for a task of `own` they adjust its
+            part
+    file    an instruction file in the format of LLM-Adapters: JSON list or JSONL of {instruction, input,
+            output, answer}
     hub     the same from a data set on the Hugging Face hub, at a given revision
 
-    mix=own                           mix=math_mix mix.parts.gsm8k.cap=1000      mix=own mix.parts.boolq.weight=0.5
-    mix=math_14k mix.file=math_14k.json                                          mix=own mix.parts.commonsenseqa.weight=1
+    mix=own                           mix=math_mix mix.parts.gsm8k.cap=1000      mix=own
+                                      mix.parts.boolq.weight=0.5
+    mix=math_14k mix.file=math_14k.json                                          mix=own
+                                                                                 mix.parts.commonsenseqa.weight=1
 
-The rows depend on the mix, the data source and the seed only, so every method of a comparison trains on the same ones. Torch-free.
+The rows depend on the mix, the data source and the seed only, so every method of a comparison trains on the
+same ones. Torch-free.
 """
 
 from __future__ import annotations
@@ -34,7 +39,8 @@ class PartConfig:
     """The train split of one task in a mix."""
 
     weight: NonNegative = 1.0
-    """How often a row is in the mix: 2 takes each twice, 0.5 a seeded half, 1.5 each once and a half of them twice; 0: left out."""
+    """How often a row is in the mix: 2 takes each twice, 0.5 a seeded half, 1.5 each once and a half of them
+    twice; 0: left out."""
     cap: Count | None = None
     """Most distinct rows, a seeded choice; null: all."""
     optional: bool = False
@@ -81,28 +87,39 @@ class MixConfig:
         for task, part in self.parts.items():
             if task not in _known():
                 raise ConfigError(f"parts.{task}: no such task.{nearest(task, _known())}")
-            parts[task] = part if isinstance(part, PartConfig) else build(PartConfig, part or {}, f"parts.{task}")
+            parts[task] = (
+                part if isinstance(part, PartConfig) else build(PartConfig, part or {}, f"parts.{task}")
+            )
         object.__setattr__(self, "parts", parts)
         if self.file is not None and self.hub is not None and self.hub.revision is not None:
             raise ConfigError(f"file={self.file!r}, hub.path={self.hub.path!r}: expected one of the two.")
         if not (self.own or parts or self.file or (self.hub and self.hub.revision)):
             known = f" (known: hub.path={self.hub.path})" if self.hub else ""
             raise ConfigError(
-                f"name={self.name!r}, file=null: expected mix.file=path/to/{self.name}.json, or mix.hub.path and mix.hub.revision{known}."
+                f"name={self.name!r}, file=null: expected mix.file=path/to/{self.name}.json, or "
+                f"mix.hub.path and mix.hub.revision{known}."
             )
 
 
-def training_rows(mix: MixConfig, eval_tasks: Sequence[str], data: Any, seed: int) -> tuple[list[Row], dict[str, Any]]:
+def training_rows(
+    mix: MixConfig, eval_tasks: Sequence[str], data: Any, seed: int
+) -> tuple[list[Row], dict[str, Any]]:
     """(rows, record) of a mix: its parts one after the other, each in the order of its source.
 
-    A row that is taken twice is the same object twice. The record says, for each part, what was there and what was taken, which
-    evaluated tasks have no train split, and how a file compares with the published one. Raises ConfigError.
+    A row that is taken twice is the same object twice. The record says, for each part, what was there and
+    what was taken, which evaluated tasks have no train split, and how a file compares with the published one.
+    Raises ConfigError.
     """
     parts, missing = _parts(mix, eval_tasks, data)
-    rows, record = [], {"name": mix.name, "source": data.source, "seed": seed, "parts": {}, "without_train_split": missing}
+    rows, record = (
+        [],
+        {"name": mix.name, "source": data.source, "seed": seed, "parts": {}, "without_train_split": missing},
+    )
     for task, part in parts.items():
         available = sources.load_rows(task, "train", data)
-        taken = _weighted(_capped(available, part.cap, f"{seed}/{task}/cap"), part.weight, f"{seed}/{task}/weight")
+        taken = _weighted(
+            _capped(available, part.cap, f"{seed}/{task}/cap"), part.weight, f"{seed}/{task}/weight"
+        )
         record["parts"][task] = {**asdict(part), "available": len(available), "taken": len(taken)}
         rows += taken
     if mix.file is not None or (mix.hub is not None and mix.hub.revision is not None):
@@ -131,13 +148,16 @@ def _parts(mix: MixConfig, eval_tasks: Sequence[str], data: Any) -> tuple[dict[s
             missing.append(task)
         else:
             raise ConfigError(
-                f"mix.parts.{task}: no train split with data.source={data.source}. Expected one of {_trainable(data)}, or "
+                f"mix.parts.{task}: no train split with data.source={data.source}. Expected one of "
+                f"{_trainable(data)}, or "
                 f"mix.parts.{task}.optional=true."
             )
     if mix.own and missing and not found and mix.file is None and mix.hub is None:
         raise ConfigError(
-            f"mix={mix.name}: none of {', '.join(eval_tasks)} has a train split with data.source={data.source}. Expected another mix "
-            f"(mix=math_mix, mix=commonsense_mix) or a part, mix.parts.<task>.weight=1, with one of {_trainable(data)}."
+            f"mix={mix.name}: none of {', '.join(eval_tasks)} has a train split with "
+            f"data.source={data.source}. Expected another mix "
+            "(mix=math_mix, mix=commonsense_mix) or a part, mix.parts.<task>.weight=1, with one of "
+            f"{_trainable(data)}."
         )
     return found, missing
 
@@ -183,14 +203,17 @@ def _sample(rows: list[Row], count: int, seed: str) -> list[Row]:
 
 
 def pair(row: Mapping[str, Any], template: str = "llm_adapters") -> tuple[str, str]:
-    """(prompt, answer) of an instruction row: `instruction` and `input` in the template that the evaluation uses, and `output`."""
+    """(prompt, answer) of an instruction row: `instruction` and `input` in the template that the evaluation
+    uses, and `output`."""
     from .tasks.formats import TEMPLATES
 
     text = TEMPLATES[template]
     if not row.get("input"):
         return text.format(row["instruction"]), row["output"]
     # Both published templates have this second form, which differs from the first in these two places only.
-    text = text.replace("describes a task.", "describes a task, paired with an input that provides further context.")
+    text = text.replace(
+        "describes a task.", "describes a task, paired with an input that provides further context."
+    )
     indent = text.partition("### Instruction:")[0].rpartition("\n")[2]
     asked = f"{row['instruction']}\n\n{indent}### Input:\n{indent}{row['input']}"
     return text.format(asked), row["output"]
@@ -199,14 +222,21 @@ def pair(row: Mapping[str, Any], template: str = "llm_adapters") -> tuple[str, s
 def _from_file(mix: MixConfig) -> tuple[list[Row], dict[str, Any]]:
     path = Path(mix.file).expanduser()
     if not path.is_file():
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.json*")]) if path.parent.is_dir() else ""
-        raise ConfigError(f"mix.file={mix.file!r}: no such file; expected a JSON list or JSONL of instructions.{near}")
+        near = (
+            nearest(path.name, [p.name for p in path.parent.glob("*.json*")]) if path.parent.is_dir() else ""
+        )
+        raise ConfigError(
+            f"mix.file={mix.file!r}: no such file; expected a JSON list or JSONL of instructions.{near}"
+        )
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    rows = [_instruction(item, f"{path}, line {line}", mix.name, i) for i, (line, item) in enumerate(_items(text, path))]
+    rows = [
+        _instruction(item, f"{path}, line {line}", mix.name, i)
+        for i, (line, item) in enumerate(_items(text, path))
+    ]
     if not rows:
         raise ConfigError(f"{path}: no rows, expected at least one.")
     # The name of the place says nothing to others; the content does.
@@ -227,7 +257,9 @@ def _items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         try:
             item, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}).") from None
+            raise ConfigError(
+                f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})."
+            ) from None
         yield line, item
         position = _after_blanks(text, end)
         if listed and text[position : position + 1] not in (",", "]"):
@@ -249,14 +281,19 @@ def _from_hub(mix: MixConfig) -> tuple[list[Row], dict[str, Any]]:
 
     hub = mix.hub
     try:
-        found = datasets.load_dataset(hub.path, hub.name, data_files=hub.file, split=hub.split, revision=hub.revision)
+        found = datasets.load_dataset(
+            hub.path, hub.name, data_files=hub.file, split=hub.split, revision=hub.revision
+        )
     except Exception as error:  # offline, gone, unknown split: `datasets` raises a dozen types for these
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"mix.hub.path={hub.path!r} at revision {hub.revision[:12]}, split {hub.split}, could not be loaded "
+            f"mix.hub.path={hub.path!r} at revision {hub.revision[:12]}, split {hub.split}, could not "
+            "be loaded "
             f"({type(error).__name__}: {first}). Needs a network or a filled cache; mix.file needs neither."
         ) from error
-    rows = [_instruction(item, f"{hub.path}, {hub.split} row {i}", mix.name, i) for i, item in enumerate(found)]
+    rows = [
+        _instruction(item, f"{hub.path}, {hub.split} row {i}", mix.name, i) for i, item in enumerate(found)
+    ]
     return rows, asdict(hub)
 
 

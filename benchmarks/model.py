@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def load_model(cfg: ModelConfig, seed: int, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model on `device`, in evaluation mode; tokenizer with a pad token). `seed` draws the weights of a random model.
+    """(model on `device`, in evaluation mode; tokenizer with a pad token). `seed` draws the weights of a
+    random model.
 
     Raises ConfigError for what cannot be loaded.
     """
@@ -31,7 +32,8 @@ def load_model(cfg: ModelConfig, seed: int, device: str) -> tuple[PreTrainedMode
 
 
 def skeleton(cfg: ModelConfig) -> PreTrainedModel:
-    """The base without weights, on the meta device: for counting. Needs the model's config alone. Raises ConfigError."""
+    """The base without weights, on the meta device: for counting. Needs the model's config alone. Raises
+    ConfigError."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -42,7 +44,9 @@ def skeleton(cfg: ModelConfig) -> PreTrainedModel:
             return _random(cfg, tokenizer, seed=0)
     with _one_error(cfg), torch.device("meta"):
         config = AutoConfig.from_pretrained(cfg.folder or cfg.source, revision=cfg.revision or "main")
-        return AutoModelForCausalLM.from_config(config, attn_implementation=cfg.attention, dtype=getattr(torch, cfg.dtype))
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=cfg.attention, dtype=getattr(torch, cfg.dtype)
+        )
 
 
 def check_folder(cfg: ModelConfig) -> None:
@@ -52,9 +56,16 @@ def check_folder(cfg: ModelConfig) -> None:
         return
     wanted = {"tokenizer.json": ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")}
     if cfg.kind != "random":
-        wanted = {"config.json": ("config.json",), "weights (*.safetensors)": ("*.safetensors", "pytorch_model*.bin")} | wanted
+        wanted = {
+            "config.json": ("config.json",),
+            "weights (*.safetensors)": ("*.safetensors", "pytorch_model*.bin"),
+        } | wanted
     what = f"model={cfg.name}, model.path={cfg.path!r}"
-    hint = "expected a folder written by save_pretrained" if cfg.kind == "pretrained" else "`make base` builds it"
+    hint = (
+        "expected a folder written by save_pretrained"
+        if cfg.kind == "pretrained"
+        else "`make base` builds it"
+    )
     if not folder.is_dir():
         raise ConfigError(f"{what}: no folder {folder}; {hint}, or a hub id (owner/name).")
     for part, patterns in wanted.items():
@@ -80,15 +91,19 @@ def _pretrained(cfg: ModelConfig, device: str) -> PreTrainedModel:
     if cfg.quantize:
         options |= {"quantization_config": _quantization(cfg), "device_map": {"": device}}
     with _one_error(cfg):
-        return AutoModelForCausalLM.from_pretrained(cfg.folder or cfg.source, revision=cfg.revision or "main", **options)
+        return AutoModelForCausalLM.from_pretrained(
+            cfg.folder or cfg.source, revision=cfg.revision or "main", **options
+        )
 
 
 def _quantization(cfg: ModelConfig):
-    """4-bit NF4 with double quantisation (QLoRA, arXiv 2305.14314) or 8-bit; computation stays in `model.dtype`."""
+    """4-bit NF4 with double quantisation (QLoRA, arXiv 2305.14314) or 8-bit; computation stays in
+    `model.dtype`."""
     if importlib.util.find_spec("bitsandbytes") is None:
         hint = 'pip install "moabench[quantise]"'
         raise ConfigError(
-            f"model.quantize={cfg.quantize}: needs the package bitsandbytes, which is not installed; {hint}, or expected null."
+            f"model.quantize={cfg.quantize}: needs the package bitsandbytes, which is not installed; "
+            f"{hint}, or expected null."
         )
     import torch
     from transformers import BitsAndBytesConfig
@@ -96,7 +111,12 @@ def _quantization(cfg: ModelConfig):
     if cfg.quantize == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     dtype = getattr(torch, cfg.dtype)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _random(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -107,7 +127,9 @@ def _random(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
     sizes = cfg.random
     if sizes.architecture not in CONFIG_MAPPING:
         known = nearest(sizes.architecture, CONFIG_MAPPING)
-        raise ConfigError(f"model.random.architecture={sizes.architecture!r}: no such model_type of transformers.{known}")
+        raise ConfigError(
+            f"model.random.architecture={sizes.architecture!r}: no such model_type of transformers.{known}"
+        )
     with _one_error(cfg), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = AutoConfig.for_model(
@@ -123,19 +145,26 @@ def _random(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        return AutoModelForCausalLM.from_config(config, attn_implementation=cfg.attention, dtype=getattr(torch, cfg.dtype))
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=cfg.attention, dtype=getattr(torch, cfg.dtype)
+        )
 
 
 @contextmanager
 def _one_error(cfg: ModelConfig) -> Iterator[None]:
-    """Turns whatever transformers and the hub client raise into one ConfigError with the first line of their reason."""
+    """Turns whatever transformers and the hub client raise into one ConfigError with the first line of their
+    reason."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # they raise a dozen types, safetensors its own
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise ConfigError(
-            f"model={cfg.name}, model.path={cfg.path!r} (dtype={cfg.dtype}, attention={cfg.attention}) could not be loaded: "
-            f"{reason} Expected a hub id within reach (a network, or a filled cache and HF_HUB_OFFLINE=1) or what save_pretrained writes."
+            f"model={cfg.name}, model.path={cfg.path!r} (dtype={cfg.dtype}, "
+            f"attention={cfg.attention}) could not be loaded: "
+            f"{reason} Expected a hub id within reach (a network, or a filled cache and "
+            "HF_HUB_OFFLINE=1) or what save_pretrained writes."
         ) from error

@@ -1,10 +1,13 @@
 """What the harness costs beside the training itself.
 
-    python -m moabench.benchmarks.overhead --rounds 15      counting load and routing, as a share of a train step
-    python -m moabench.benchmarks.overhead --run            a whole run's seconds before its first step and after its last
+    python -m moabench.benchmarks.overhead --rounds 15      counting load and routing, as a share of a train
+                                                            step
+    python -m moabench.benchmarks.overhead --run            a whole run's seconds before its first step and
+                                                            after its last
 
-A row of the history every ten steps is included. Times of steps are CPU time of the process with one thread, wall time otherwise: medians
-of interleaved rounds. What mixtures themselves cost: `python -m moabench.kernels.bench`.
+A row of the history every ten steps is included. Times of steps are CPU time of the process with one thread,
+wall time otherwise: medians of interleaved rounds. What mixtures themselves cost: `python -m
+moabench.kernels.bench`.
 """
 
 from __future__ import annotations
@@ -32,9 +35,11 @@ from .model import load_model
 from .tally import Tally
 
 
-def shares(rounds: int, names: tuple[str, ...], batch: int = 16, length: int = 24) -> dict[str, tuple[float, float, float]]:
-    """Of each method: the tally's share of a train step, seconds of a step and of counting it, on batches as short as the built-in
-    questions."""
+def shares(
+    rounds: int, names: tuple[str, ...], batch: int = 16, length: int = 24
+) -> dict[str, tuple[float, float, float]]:
+    """Of each method: the tally's share of a train step, seconds of a step and of counting it, on batches as
+    short as the built-in questions."""
     base, _ = load_model(ModelConfig("tiny", kind="builtin"), 0, "cpu")
     ids, result = torch.randint(0, base.config.vocab_size, (batch, length)), {}
     mask, found = torch.ones_like(ids), {}
@@ -47,16 +52,23 @@ def shares(rounds: int, names: tuple[str, ...], batch: int = 16, length: int = 2
             (found["task"] + sum(found["recorder"].losses.values())).backward()
             model.zero_grad()
 
-        count = functools.partial(lambda tally: tally.add({"task": found["task"]}, mask, found["recorder"].routing), tally)
+        count = functools.partial(
+            lambda tally: tally.add({"task": found["task"]}, mask, found["recorder"].routing), tally
+        )
         runs = {"step": step, "count": count, "row": functools.partial(tally.window, 1)}
         seconds = {k: statistics.median(v) for k, v in interleaved(runs, rounds, torch.device("cpu")).items()}
-        result[name] = (seconds["count"] + seconds["row"] / 10) / seconds["step"], seconds["step"], seconds["count"]
+        result[name] = (
+            (seconds["count"] + seconds["row"] / 10) / seconds["step"],
+            seconds["step"],
+            seconds["count"],
+        )
     return result
 
 
 def of_run(overrides: Sequence[str]) -> dict[str, float]:
-    """Wall seconds of one run in this process, imports done: `before` the first step and `after` the last one, without what is asked for
-    there, which is `evaluation` (base and trained model, all of it) and `probes`; `steps`, and `whole`."""
+    """Wall seconds of one run in this process, imports done: `before` the first step and `after` the last
+    one, without what is asked for there, which is `evaluation` (base and trained model, all of it) and
+    `probes`; `steps`, and `whole`."""
     from moabench.benchmarks import experiment, probe, trainer
 
     from .config import composed
@@ -99,15 +111,24 @@ def of_run(overrides: Sequence[str]) -> dict[str, float]:
 
 def main() -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="moabench.benchmarks.overhead", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--methods", nargs="+", choices=catalog.names(), default=["molora", "moe_lora_topk", "mixlora", "moa_soft"])
+    parser = argparse.ArgumentParser(
+        prog="moabench.benchmarks.overhead", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=catalog.names(),
+        default=["molora", "moe_lora_topk", "mixlora", "moa_soft"],
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--run", nargs="*", metavar="key=value", help="measure a run of this config")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.run is not None:
-        of_run([*args.run, "train.steps=2", "probe.times=0"])  # what the first run of a process imports and fills
+        of_run(
+            [*args.run, "train.steps=2", "probe.times=0"]
+        )  # what the first run of a process imports and fills
         print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in of_run(args.run).items()))
         return
     for name, (share, step, count) in shares(args.rounds, tuple(args.methods)).items():

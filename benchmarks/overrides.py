@@ -1,7 +1,9 @@
-"""The user's overrides, checked before Hydra composes anything, so that a mistake is answered at once with the nearest valid name.
+"""The user's overrides, checked before Hydra composes anything, so that a mistake is answered at once with
+the nearest valid name.
 
-They are read with Hydra's own parser. Plain assignments `a.b=c` become `++a.b=c`: an option that a method's YAML does not spell out
-(`method.router.k` after `method.router.kind=topk`) then reaches our typed validation instead of being refused as an unknown key.
+They are read with Hydra's own parser. Plain assignments `a.b=c` become `++a.b=c`: an option that a method's
+YAML does not spell out (`method.router.k` after `method.router.kind=topk`) then reaches our typed validation
+instead of being refused as an unknown key.
 """
 
 from __future__ import annotations
@@ -40,12 +42,15 @@ def tunes(argv: list[str]) -> bool:
 
 
 def _tuning(texts: list[str]) -> Iterator[str]:
-    """What a search needs that Optuna's sweeper does not assume: accuracy is to be high, and a trial may fail. ConfigError where the
-    trials would be judged on the rows that are reported."""
+    """What a search needs that Optuna's sweeper does not assume: accuracy is to be high, and a trial may
+    fail. ConfigError where the trials would be judged on the rows that are reported."""
     if not tunes(texts):
         return
     if not any(text.lstrip("+").lower() == "data.held_out=true" for text in texts):
-        raise ConfigError("hydra/sweeper=optuna: expected data.held_out=true too, so that the reported split is not what was tuned on.")
+        raise ConfigError(
+            "hydra/sweeper=optuna: expected data.held_out=true too, so that the reported split is "
+            "not what was tuned on."
+        )
     for key, value in {"direction": "maximize", "max_failure_rate": "1.0"}.items():
         if not any(text.startswith(f"hydra.sweeper.{key}=") for text in texts):
             yield f"hydra.sweeper.{key}={value}"
@@ -77,8 +82,11 @@ def _checked(override: Any, text: str) -> str:
 
 
 def _choices(override: Any) -> Iterator[str]:
-    """The names that an override of a group asks for; nothing for a glob, which can only match what exists."""
-    if override.is_delete() or (override.is_sweep_override() and override.value_type.name == "GLOB_CHOICE_SWEEP"):
+    """The names that an override of a group asks for; nothing for a glob, which can only match what
+    exists."""
+    if override.is_delete() or (
+        override.is_sweep_override() and override.value_type.name == "GLOB_CHOICE_SWEEP"
+    ):
         return
     if override.is_sweep_override():
         yield from override.sweep_string_iterator()
@@ -96,7 +104,8 @@ def _values(override: Any) -> Iterator[Any]:
 
 
 def _check_key(key: str, value: Any, known: dict[str, list[str]]) -> None:
-    """Raise ConfigError unless `key` is a field of the config; what lies below `method` is judged when the method is built."""
+    """Raise ConfigError unless `key` is a field of the config; what lies below `method` is judged when the
+    method is built."""
     fields: Any = {f.name for f in dataclasses.fields(RunConfig)} | set(known)
     cls: Any = RunConfig
     parts = key.split(".")
@@ -106,9 +115,14 @@ def _check_key(key: str, value: Any, known: dict[str, list[str]]) -> None:
         cls = nested(cls, part)
         if cls is None:
             if part not in ("method", "recipes", "parts", "revisions") and parts[depth + 1 :]:
-                raise ConfigError(f"unknown key '{key}' (value {value!r}). '{'.'.join(parts[: depth + 1])}' holds one value.")
+                raise ConfigError(
+                    f"unknown key '{key}' (value {value!r}). '{'.'.join(parts[: depth + 1])}' holds "
+                    "one value."
+                )
             return
-        fields = {f.name for f in dataclasses.fields(cls)} | ({"recipes"} if cls is config.TrainConfig else set())
+        fields = {f.name for f in dataclasses.fields(cls)} | (
+            {"recipes"} if cls is config.TrainConfig else set()
+        )
 
 
 def nearest_key(parts: list[str], depth: int, fields: set[str]) -> str:
@@ -126,9 +140,16 @@ def nested(cls: type, name: str) -> type | None:
 
 def _check_plugin(override: Any) -> None:
     """A launcher or sweeper that is not installed gets a message that says what to install."""
-    module = _PLUGINS.get(str(override.value())) if override.key_or_group in ("hydra/launcher", "hydra/sweeper") else None
+    module = (
+        _PLUGINS.get(str(override.value()))
+        if override.key_or_group in ("hydra/launcher", "hydra/sweeper")
+        else None
+    )
     if module and not installed(f"hydra_plugins.{module}"):
-        raise ConfigError(f"{override.key_or_group}={override.value()}: not installed; pip install {module.replace('_', '-')}.")
+        raise ConfigError(
+            f"{override.key_or_group}={override.value()}: not installed; pip install "
+            f"{module.replace('_', '-')}."
+        )
 
 
 def installed(module: str) -> bool:
@@ -148,10 +169,15 @@ _PLUGINS = {
     "ray": "hydra_ray_launcher",
     "optuna": "hydra_optuna_sweeper",
 }
-"""Hydra launchers and sweepers that are packages of their own, or files of conf/hydra for such, and their modules."""
+"""Hydra launchers and sweepers that are packages of their own, or files of conf/hydra for such, and their
+modules."""
 
 
 def one_line(error: Any) -> str:
     """The message without Hydra's pointers to its manual and OmegaConf's notes on its internals."""
-    lines = [line for line in str(error).splitlines() if not line.strip().startswith(("See https://hydra.cc", "full_key:", "object_type="))]
+    lines = [
+        line
+        for line in str(error).splitlines()
+        if not line.strip().startswith(("See https://hydra.cc", "full_key:", "object_type="))
+    ]
     return " ".join(" ".join(lines).split()) or type(error).__name__

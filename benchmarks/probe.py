@@ -1,6 +1,8 @@
-"""Probes: what experts and hidden states have become, on the same tokens at step 0, after each tenth of training, and at its end.
+"""Probes: what experts and hidden states have become, on the same tokens at step 0, after each tenth of
+training, and at its end.
 
-    probe = Probe(cfg, model, tokenizer)        # before a method is attached: keeps the frozen model's hidden states
+    probe = Probe(cfg, model, tokenizer)        # before a method is attached: keeps the frozen model's hidden
+                                                states
     probe.measure(model, step)                  # again and again; nothing that training depends on is changed
     probe.finish()
     probe.metrics(), probe.rows, probe.matrices # of the run; rows of probes.parquet and matrices.parquet
@@ -42,14 +44,19 @@ if TYPE_CHECKING:
 
 
 class Probe:
-    """Everything the probes of one run found. `skills`: names in the order of their ids, for models that are told them."""
+    """Everything the probes of one run found. `skills`: names in the order of their ids, for models that are
+    told them."""
 
     def __init__(self, cfg: RunConfig, model: nn.Module, tokenizer: Any, skills: Sequence[str] = ()):
         self.set, self.sites, self.times = probe_set(cfg, tokenizer), cfg.probe.sites, cfg.probe.times
         number = {name: i for i, name in enumerate(skills)}
-        examples = [replace(e, skill=number.get(skill, -1)) for e, skill in zip(self.set.examples, self.set.skills, strict=True)]
+        examples = [
+            replace(e, skill=number.get(skill, -1))
+            for e, skill in zip(self.set.examples, self.set.skills, strict=True)
+        ]
         self.batch, self.part = (
-            batches.collate(some, tokenizer.pad_token_id or 0) for some in (examples, first_tokens(examples, cfg.probe.alone))
+            batches.collate(some, tokenizer.pad_token_id or 0)
+            for some in (examples, first_tokens(examples, cfg.probe.alone))
         )
         """All examples, and those on which places are run again for each expert."""
         self.ids = self.batch["input_ids"][self.batch["attention_mask"].bool()]
@@ -58,7 +65,8 @@ class Probe:
         self.rows: list[dict[str, Any]] = []
         self.matrices: list[dict[str, Any]] = []
         self.choices: dict[int, dict[str, Tensor]] = {}
-        """By step and site: the experts of each token, bool [T, E] where k is fixed, else shares in half precision."""
+        """By step and site: the experts of each token, bool [T, E] where k is fixed, else shares in half
+        precision."""
         with torch.no_grad(), undisturbed(model), self._hidden(model) as found:
             batches.forward(model, self.batch, kept=1)
         self.base = {index: (x, representation.erank(x)) for index, x in found.items()}
@@ -68,7 +76,8 @@ class Probe:
         return {round(i * last / self.times) for i in range(self.times + 1)}
 
     def measure(self, model: nn.Module, step: int) -> None:
-        """Adds what `model` is now as the rows of `step`. Raises ConfigError for hidden states that are not finite."""
+        """Adds what `model` is now as the rows of `step`. Raises ConfigError for hidden states that are not
+        finite."""
         routed = [site for site in _sites(model) if site.router is not None]
         chosen = [routed[i] for i in spread(len(routed), self.sites)]
         again = {site.name for site in chosen if can_run(site) and not has_low_rank(site)}
@@ -78,13 +87,26 @@ class Probe:
             for index, x in hidden.items():
                 if not x.isfinite().all():
                     layer = self.layers[index]
-                    raise ConfigError(f"{layer}: hidden states at step {step} are not finite; expected a lower learning rate.")
+                    raise ConfigError(
+                        f"{layer}: hidden states at step {step} are not finite; expected a lower "
+                        "learning rate."
+                    )
             part = Pass.of(model, self.part, again) if again else whole
             for index, x in hidden.items():
-                self._add(step, self.layers[index], of_hidden_states(x, *self.base[index], self.batch["attention_mask"].bool()))
+                self._add(
+                    step,
+                    self.layers[index],
+                    of_hidden_states(x, *self.base[index], self.batch["attention_mask"].bool()),
+                )
             for site in chosen:
-                values, matrices = of_site(site, whole, part if site.name in again else whole, _predecessor(site, routed), self.ids)
-                self._add(step, site.name, values | self._fluctuation(step, site.name, choices(whole.routing[site.name], whole)))
+                values, matrices = of_site(
+                    site, whole, part if site.name in again else whole, _predecessor(site, routed), self.ids
+                )
+                self._add(
+                    step,
+                    site.name,
+                    values | self._fluctuation(step, site.name, choices(whole.routing[site.name], whole)),
+                )
                 for name, matrix in matrices.items():
                     self.matrices += matrix_rows(step, site.name, name, matrix)
 
@@ -108,13 +130,21 @@ class Probe:
         for row in self.rows:
             if row["step"] == final:
                 values.setdefault(row["measure"], []).append(row["value"])
-        return {key: v for name, found in values.items() for key, v in over_sites(name, torch.tensor(found)).items()}
+        return {
+            key: v
+            for name, found in values.items()
+            for key, v in over_sites(name, torch.tensor(found)).items()
+        }
 
     def record(self) -> dict[str, Any]:
         """What probe.json says: the tokens by their hash, and where and when was measured."""
         sites = dict.fromkeys(row["site"] for row in self.rows)
         steps = dict.fromkeys(row["step"] for row in self.rows)
-        tokens = {"hash": self.set.hash, "tokens": self.set.tokens, "alone": int(self.part["attention_mask"].sum())}
+        tokens = {
+            "hash": self.set.hash,
+            "tokens": self.set.tokens,
+            "alone": int(self.part["attention_mask"].sum()),
+        }
         return tokens | {"sequences": len(self.set.examples), "steps": list(steps), "sites": list(sites)}
 
     def save(self, path: Path) -> None:
@@ -123,12 +153,15 @@ class Probe:
         files.write(path, lambda file: torch.save(state, file))
 
     def load(self, path: Path, step: int) -> None:
-        """Continues from what `save` wrote, up to `step`; what came after is measured again, as it is trained again."""
+        """Continues from what `save` wrote, up to `step`; what came after is measured again, as it is trained
+        again."""
         if not path.exists():
             return
         state = torch.load(path, weights_only=True)
         if state["hash"] == self.set.hash:
-            self.rows, self.matrices = ([row for row in state[key] if row["step"] <= step] for key in ("rows", "matrices"))
+            self.rows, self.matrices = (
+                [row for row in state[key] if row["step"] <= step] for key in ("rows", "matrices")
+            )
             self.choices = {at: sites for at, sites in state["choices"].items() if at <= step}
 
     # One place

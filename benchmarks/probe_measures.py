@@ -1,7 +1,8 @@
 """What a probe measures at one routed place and after one decoder layer.
 
-Which measures a place has follows from what it is: low-rank experts on one linear are measured in rank space, anything else by running the
-place again with one expert alone, and at a block with one expert left out. Values that are undefined are NaN, and get no row.
+Which measures a place has follows from what it is: low-rank experts on one linear are measured in rank space,
+anything else by running the place again with one expert alone, and at a block with one expert left out.
+Values that are undefined are NaN, and get no row.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ Matrices = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass over a batch: the routing of every site, and how the watched places were called. real [T]: no padding."""
+    """One forward pass over a batch: the routing of every site, and how the watched places were called. real
+    [T]: no padding."""
 
     routing: dict[str, Routing]
     watched: dict[str, Watched]
@@ -58,7 +60,8 @@ class Pass:
 
 
 def of_hidden_states(x: Tensor, off: Tensor, erank_off: Tensor, real: Tensor) -> Values:
-    """Hidden states x [n, d] of the real tokens after a layer, `off` those of the frozen model; real [B, L] bool."""
+    """Hidden states x [n, d] of the real tokens after a layer, `off` those of the frozen model; real [B, L]
+    bool."""
     erank, real = representation.erank(x), real.to(x.device)
     padded = x.new_zeros(*real.shape, x.shape[-1])
     padded[real] = x
@@ -73,8 +76,8 @@ def of_hidden_states(x: Tensor, off: Tensor, erank_off: Tensor, real: Tensor) ->
 
 
 def of_site(site: Site, whole: Pass, part: Pass, before: str | None, ids: Tensor) -> tuple[Values, Matrices]:
-    """Every measure of one routed place. whole: the pass over all probe tokens; part: that which its experts' outputs are taken from;
-    before: the same place one layer before; ids [n]: of the probe tokens."""
+    """Every measure of one routed place. whole: the pass over all probe tokens; part: that which its experts'
+    outputs are taken from; before: the same place one layer before; ids [n]: of the probe tokens."""
     values, matrices = _outputs(site, part)
     values |= _geometry(site, whole)
     share = whole.membership(site.name)
@@ -90,21 +93,28 @@ def of_site(site: Site, whole: Pass, part: Pass, before: str | None, ids: Tensor
 
 
 def choices(routing: Routing, found: Pass) -> Tensor:
-    """What is kept of a routing to compare it with later ones: the choice, bool [n, E], where k is fixed, else shares [n, E]."""
+    """What is kept of a routing to compare it with later ones: the choice, bool [n, E], where k is fixed,
+    else shares [n, E]."""
     kept = routing.chosen if routing.ids is not None else balance.membership(routing.weights).half()
     return found.tokens(kept).cpu()
 
 
 def changed(before: Tensor, after: Tensor) -> Tensor:
     """Routing fluctuation of two such choices."""
-    return measure.fluctuation(before, after) if before.dtype == torch.bool else measure.total_variation(before, after)
+    return (
+        measure.fluctuation(before, after)
+        if before.dtype == torch.bool
+        else measure.total_variation(before, after)
+    )
 
 
 def _token_ids(share: Tensor, ids: Tensor) -> Values:
     """What the token id says of the expert; by chance, with the ids shuffled."""
     numbers = ids.unique(return_inverse=True)[1]
     shuffled = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))]
-    counts, chance = (specialisation.token_counts(share, order, int(numbers.max()) + 1) for order in (numbers, shuffled))
+    counts, chance = (
+        specialisation.token_counts(share, order, int(numbers.max()) + 1) for order in (numbers, shuffled)
+    )
     return {
         "specialisation/token_id": specialisation.token_id_share(counts),
         "specialisation/token_id_null": specialisation.token_id_share(chance),
@@ -117,7 +127,10 @@ def _geometry(site: Site, found: Pass) -> Values:
     values, x = {}, found.tokens(found.watched[site.name].read.flatten(0, -2)).float()
     if found.routing[site.name].granularity == "token":
         share = found.membership(site.name)
-        rc, shuffled = representation.within_between(x, share), representation.shuffled_within_between(x, share)
+        rc, shuffled = (
+            representation.within_between(x, share),
+            representation.shuffled_within_between(x, share),
+        )
         values = {"representation/rc": rc, "representation/rc_shuffled": shuffled}
         values["representation/clustering"] = representation.clustering(rc, shuffled)
     if isinstance(site.router, LinearRouter):
@@ -159,7 +172,9 @@ def _weights(site: Site) -> tuple[Values, Matrices]:
     """Measures of low-rank experts by their tensors alone."""
     pairs = low_rank_pairs(site)
     a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1)
-    owner = torch.arange(len(pairs), device=a.device).repeat_interleave(torch.tensor([len(a) for a, _ in pairs], device=a.device))
+    owner = torch.arange(len(pairs), device=a.device).repeat_interleave(
+        torch.tensor([len(a) for a, _ in pairs], device=a.device)
+    )
     spectra, left, right = zip(*(experts.directions(*pair) for pair in pairs), strict=True)
     matrices = {
         "weight_cosine": experts.weight_cosine(a, b, owner),
@@ -167,4 +182,6 @@ def _weights(site: Site) -> tuple[Values, Matrices]:
         "overlap_out": experts.overlaps(left),
     }
     values = {f"experts/{name}": experts.off_diagonal(matrix) for name, matrix in matrices.items()}
-    return values | {"experts/update_erank": torch.stack([experts.effective_rank(s) for s in spectra]).nanmean()}, matrices
+    return values | {
+        "experts/update_erank": torch.stack([experts.effective_rank(s) for s in spectra]).nanmean()
+    }, matrices

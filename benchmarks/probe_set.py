@@ -1,6 +1,8 @@
-"""The tokens that every probe of a study reads: derived from data, protocol and tokenizer, never from method or seed, and kept by content.
+"""The tokens that every probe of a study reads: derived from data, protocol and tokenizer, never from method
+or seed, and kept by content.
 
-Whole questions with their right answers, from the evaluated tasks in turn, until there are `probe.tokens` tokens (the last is cut).
+Whole questions with their right answers, from the evaluated tasks in turn, until there are `probe.tokens`
+tokens (the last is cut).
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """examples, and the task and true skill (None where there is none) of each; `hash` is that of all of it."""
+    """examples, and the task and true skill (None where there is none) of each; `hash` is that of all of
+    it."""
 
     examples: tuple[Example, ...]
     tasks: tuple[str, ...]

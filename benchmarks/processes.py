@@ -1,13 +1,14 @@
-"""The processes of one run: `torchrun --nproc-per-node 2 run.py ...` or `accelerate launch run.py ...` trains one model on several
-devices (DDP).
+"""The processes of one run: `torchrun --nproc-per-node 2 run.py ...` or `accelerate launch run.py ...` trains
+one model on several devices (DDP).
 
-Every process holds the model, takes its share of each step (`train.batch_size` is that of one process), and evaluates everything, so
-that all of them agree on what comes next. The first one holds the run folder and writes it. An auxiliary loss that is no mean over
-tokens, as the balance loss, is taken for the tokens of each process and averaged.
+Every process holds the model, takes its share of each step (`train.batch_size` is that of one process), and
+evaluates everything, so that all of them agree on what comes next. The first one holds the run folder and
+writes it. An auxiliary loss that is no mean over tokens, as the balance loss, is taken for the tokens of each
+process and averaged.
 
-With `shard=true` each process keeps only its part of the frozen base (FSDP2): a decoder layer's weights are gathered when the layer runs,
-forward and backward, and let go afterwards. What is trained, a small part, is whole everywhere and averaged as in DDP, so optimiser,
-checkpoints and adapter are those of any other run.
+With `shard=true` each process keeps only its part of the frozen base (FSDP2): a decoder layer's weights are
+gathered when the layer runs, forward and backward, and let go afterwards. What is trained, a small part, is
+whole everywhere and averaged as in DDP, so optimiser, checkpoints and adapter are those of any other run.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ def device(kind: str) -> str:
 
 
 def start(cfg: RunConfig) -> None:
-    """Join the others; nothing alone. Raises ConfigError for what several processes cannot do, or one alone."""
+    """Join the others; nothing alone. Raises ConfigError for what several processes cannot do, or one
+    alone."""
     _check_shard(cfg)
     if count() == 1:
         return
     if cfg.train.halve:
         raise ConfigError(
-            "train.halve=true: expected false in a run of several processes; the others would wait for the one that starts anew."
+            "train.halve=true: expected false in a run of several processes; the others would wait "
+            "for the one that starts anew."
         )
     import torch
 
@@ -60,13 +63,22 @@ def start(cfg: RunConfig) -> None:
 
 def _check_shard(cfg: RunConfig) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise ConfigError("accelerate launch --use_fsdp: expected shard=true on this command line instead, and no --use_fsdp.")
+        raise ConfigError(
+            "accelerate launch --use_fsdp: expected shard=true on this command line instead, and no "
+            "--use_fsdp."
+        )
     if not cfg.shard:
         return
     if count() == 1:
-        raise ConfigError("shard=true: expected several processes, as of torchrun --nproc-per-node 2 run.py ...; this one is alone.")
+        raise ConfigError(
+            "shard=true: expected several processes, as of torchrun --nproc-per-node 2 run.py ...; "
+            "this one is alone."
+        )
     if cfg.model.quantize:
-        raise ConfigError(f"shard=true: expected model.quantize=null, not {cfg.model.quantize}; a quantised base is held whole.")
+        raise ConfigError(
+            f"shard=true: expected model.quantize=null, not {cfg.model.quantize}; a quantised base is "
+            "held whole."
+        )
     method = cfg.parsed_method
     if method.tuner == "full" or method.dora:
         why = "trains the base itself" if method.tuner == "full" else "needs the norms of whole weights"
@@ -74,8 +86,8 @@ def _check_shard(cfg: RunConfig) -> None:
 
 
 def shard(model: nn.Module, device: str) -> None:
-    """Split the weights of a frozen base on the CPU over the processes and put the parts on `device`, a layer at a time. Adapters that
-    are attached later stay whole."""
+    """Split the weights of a frozen base on the CPU over the processes and put the parts on `device`, a layer
+    at a time. Adapters that are attached later stay whole."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -89,10 +101,13 @@ def shard(model: nn.Module, device: str) -> None:
 
 
 def wrapped(model: nn.Module) -> nn.Module:
-    """A model with a sharded base in DDP, which sees what is trained alone. accelerate refuses any model that holds DTensors."""
+    """A model with a sharded base in DDP, which sees what is trained alone. accelerate refuses any model that
+    holds DTensors."""
     from torch.nn.parallel import DistributedDataParallel
 
-    model._ddp_params_and_buffers_to_ignore = [name for name, p in model.named_parameters() if not p.requires_grad]
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, p in model.named_parameters() if not p.requires_grad
+    ]
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
@@ -108,7 +123,8 @@ def told(value: Any = None) -> Any:
 
 
 def leave() -> None:
-    """At the end of all runs: wait for the others. One that is gone while they still read from it breaks their connection."""
+    """At the end of all runs: wait for the others. One that is gone while they still read from it breaks
+    their connection."""
     if count() == 1:
         return
     import torch

@@ -1,4 +1,5 @@
-"""What a meter counted, as measures of a run and as rows of routing.parquet; and what the counts by sequence say of specialisation."""
+"""What a meter counted, as measures of a run and as rows of routing.parquet; and what the counts by sequence
+say of specialisation."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def measures(meter: Meter) -> dict[str, float]:
-    """`load/...` and `routing/...`: mean over sites, and `_worst`; of the assignment share, or for soft mixtures of the soft load."""
+    """`load/...` and `routing/...`: mean over sites, and `_worst`; of the assignment share, or for soft
+    mixtures of the soft load."""
     values: dict[str, list[Tensor]] = {}
     for sums in _on_host(meter):
         for name, value in _measures(sums).items():
@@ -30,8 +32,11 @@ def measures(meter: Meter) -> dict[str, float]:
 
 
 def rows(meter: Meter, split: str, task: str, skill: str | None = None) -> list[dict[str, Any]]:
-    """One row per site and expert. `share` (f) is None for a soft mixture, where it would be 1/E whatever happens."""
-    return [row for sums in _on_host(meter) for row in _rows(sums, {"split": split, "task": task, "skill": skill})]
+    """One row per site and expert. `share` (f) is None for a soft mixture, where it would be 1/E whatever
+    happens."""
+    return [
+        row for sums in _on_host(meter) for row in _rows(sums, {"split": split, "task": task, "skill": skill})
+    ]
 
 
 def coactivation(meter: Meter, step: int) -> list[dict[str, Any]]:
@@ -46,7 +51,11 @@ def coactivation(meter: Meter, step: int) -> list[dict[str, Any]]:
 def matrix_rows(step: int, site: str, name: str, matrix: Tensor) -> list[dict[str, Any]]:
     """The entries of a matrix [E, E'] that are not NaN, as rows."""
     entries = ((i, j, value) for i, line in enumerate(matrix.tolist()) for j, value in enumerate(line))
-    return [{"step": step, "site": site, "name": name, "i": i, "j": j, "value": v} for i, j, v in entries if not math.isnan(v)]
+    return [
+        {"step": step, "site": site, "name": name, "i": i, "j": j, "value": v}
+        for i, j, v in entries
+        if not math.isnan(v)
+    ]
 
 
 def _on_host(meter: Meter) -> Iterator[Sums]:
@@ -61,12 +70,16 @@ def _measures(sums: Sums) -> dict[str, Tensor]:
     found["load/max_vio_batch"] = v["max_vio"] / v["batches"]
     found["load/gate_mass"] = v["weights"].sum(-1) / tokens
     if not sums.soft:
-        found["load/dead_share"] = balance.dead_share(v["assignments"]).masked_fill(v["tokens"] == 0, math.nan)
+        found["load/dead_share"] = balance.dead_share(v["assignments"]).masked_fill(
+            v["tokens"] == 0, math.nan
+        )
         found["load/mean_active"] = balance.mean_active(v["assignments"], v["tokens"])
         found["load/dropped_share"] = balance.dropped_share(v["idle"], v["tokens"])
     if "probs" in v:
         mean_entropy, experts = v["entropy"] / tokens, v["probs"].shape[-1]
-        found["load/router_entropy"] = mean_entropy / math.log(experts) if experts > 1 else torch.ones_like(mean_entropy)
+        found["load/router_entropy"] = (
+            mean_entropy / math.log(experts) if experts > 1 else torch.ones_like(mean_entropy)
+        )
         found["load/decisiveness"] = measure.decisiveness(v["probs"] / tokens.unsqueeze(-1), mean_entropy)
     for bins, q in (("entropy_bins", 0.1), ("entropy_bins", 0.9), ("margin_bins", 0.1)):
         if bins in v:
@@ -91,7 +104,9 @@ def _rows(sums: Sums, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "mean_prob": v["probs"] / tokens if "probs" in v else None,
     }
     found = _measures(sums)
-    per_site = {name: found.get(f"load/{name}") for name in ("router_entropy", "decisiveness", "dropped_share")}
+    per_site = {
+        name: found.get(f"load/{name}") for name in ("router_entropy", "decisiveness", "dropped_share")
+    }
     experts = {name: None if value is None else value.tolist() for name, value in per_expert.items()}
     shared = {name: None if value is None else value.tolist() for name, value in per_site.items()}
     for s, site in enumerate(sums.sites):
@@ -110,7 +125,13 @@ class Choices:
     """By number of experts: [B, S, E] of each batch."""
     labels: dict[str, list[str | None]] = field(default_factory=lambda: {"task": [], "skill": []})
 
-    def add(self, routing: dict[str, Routing], shape: tuple[int, int], tasks: Sequence[str], skills: Sequence[str | None]) -> None:
+    def add(
+        self,
+        routing: dict[str, Routing],
+        shape: tuple[int, int],
+        tasks: Sequence[str],
+        skills: Sequence[str | None],
+    ) -> None:
         """One batch of sequences; tasks, skills [B]."""
         sizes: dict[int, list[Routing]] = {}
         for r in routing.values():
@@ -121,7 +142,8 @@ class Choices:
         self.labels["skill"] += skills
 
     def measures(self) -> dict[str, float]:
-        """`specialisation/task_mi` and `skill_mi` with `_null` and `_minus_null`, mean over sites and worst; absent without two labels."""
+        """`specialisation/task_mi` and `skill_mi` with `_null` and `_minus_null`, mean over sites and worst;
+        absent without two labels."""
         found: dict[str, float] = {}
         for kind, labels in self.labels.items():
             names = sorted({label for label in labels if label is not None})
@@ -129,7 +151,11 @@ class Choices:
                 continue
             kept = torch.tensor([label is not None for label in labels])
             numbers = torch.tensor([names.index(label) for label in labels if label is not None])
-            parts = [_information(torch.cat(counts)[kept], numbers, len(names)) for size, counts in self.counts.items() if size > 1]
+            parts = [
+                _information(torch.cat(counts)[kept], numbers, len(names))
+                for size, counts in self.counts.items()
+                if size > 1
+            ]
             if parts:
                 mi, null = (torch.cat(values) for values in zip(*parts, strict=True))
                 for suffix, value in (("", mi), ("_null", null), ("_minus_null", mi - null)):
@@ -140,4 +166,6 @@ class Choices:
 def _information(counts: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Information share [S] of counts [N, S, E] with labels [N], and its value by chance."""
     table = specialisation.joint_table(specialisation.class_counts(counts, labels, classes))
-    return specialisation.information_share(table), specialisation.shuffled_information(counts, labels, classes)
+    return specialisation.information_share(table), specialisation.shuffled_information(
+        counts, labels, classes
+    )

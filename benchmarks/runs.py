@@ -1,11 +1,14 @@
-"""Run folders: found again when finished, resumed when interrupted, never shared by two processes, never half-written.
+"""Run folders: found again when finished, resumed when interrupted, never shared by two processes, never
+half-written.
 
     <runs_dir>/<task>-<method>-<model>-s<seed>-<hash>/
-        config.yaml  status.json  metrics.json  history.parquet  routing.parquet  samples.parquet  adapter/  environment.json
+        config.yaml  status.json  metrics.json  history.parquet  routing.parquet  samples.parquet  adapter/
+                     environment.json
 
-`status.json` is the state (running, finished, failed with its reason, interrupted). The lock is a file that the owner holds by
-flock, which the kernel lets go when the owner dies, however it dies. For file systems whose flock does not reach other machines
-there is the owner's heartbeat, the lock file's mtime: a lock taken on another machine is dead when its heartbeat has stopped.
+`status.json` is the state (running, finished, failed with its reason, interrupted). The lock is a file that
+the owner holds by flock, which the kernel lets go when the owner dies, however it dies. For file systems
+whose flock does not reach other machines there is the owner's heartbeat, the lock file's mtime: a lock taken
+on another machine is dead when its heartbeat has stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +26,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from moabench.benchmarks.files import RunError, StorageError, read_json, remove_unfinished, storage_error, write_json
+from moabench.benchmarks.files import (
+    RunError,
+    StorageError,
+    read_json,
+    remove_unfinished,
+    storage_error,
+    write_json,
+)
 from moabench.methods.spec import ConfigError
 
 HEARTBEAT_SECONDS = 10.0
@@ -57,10 +67,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[State]:
-        """Hold the run; gives the state in which it was found ('finished' included: somebody may have finished it just now).
+        """Hold the run; gives the state in which it was found ('finished' included: somebody may have
+        finished it just now).
 
-        Leaving normally records 'finished'; Ctrl-C and a full disk 'interrupted'; an error 'failed' with its reason. A config
-        error in a run that was new leaves nothing behind. Raises Busy if another process holds the run.
+        Leaving normally records 'finished'; Ctrl-C and a full disk 'interrupted'; an error 'failed' with its
+        reason. A config error in a run that was new leaves nothing behind. Raises Busy if another process
+        holds the run.
         """
         with hold(self.path) as owner:
             remove_unfinished(self.path)
@@ -69,7 +81,12 @@ class RunFolder:
                 yield "finished"
                 return
             state: State = "interrupted" if found["state"] == "running" else found["state"]
-            record = {"hash": self.hash, "owner": owner, "attempt": found.get("attempt", 0) + 1, "started": _now()}
+            record = {
+                "hash": self.hash,
+                "owner": owner,
+                "attempt": found.get("attempt", 0) + 1,
+                "started": _now(),
+            }
             if state != "new":
                 earlier = {key: found[key] for key in ("reason", "started", "ended") if key in found}
                 record["before"] = [*found.get("before", []), {"state": state, **earlier}]
@@ -86,8 +103,14 @@ class RunFolder:
         if new and (isinstance(error, ConfigError) or not recorded):
             shutil.rmtree(self.path, ignore_errors=True)
             return
-        state: State = "failed" if isinstance(error, Exception) and not isinstance(error, StorageError) else "interrupted"
-        with contextlib.suppress(StorageError):  # a full disk cannot record that it is full; the first error is the one that counts
+        state: State = (
+            "failed"
+            if isinstance(error, Exception) and not isinstance(error, StorageError)
+            else "interrupted"
+        )
+        with contextlib.suppress(
+            StorageError
+        ):  # a full disk cannot record that it is full; the first error is the one that counts
             self._record(record, state, reason=f"{type(error).__name__}: {error}".rstrip(": "))
 
     def _record(self, record: dict[str, Any], state: State, **more: Any) -> None:
@@ -135,8 +158,15 @@ def hold(folder: Path) -> Iterator[str]:
     stop = threading.Event()
     try:
         before = os.pread(descriptor, 64, 0).decode(errors="replace")
-        if before and before.partition("-")[0] != _machine() and time.time() - os.fstat(descriptor).st_mtime < STALE_SECONDS:
-            raise Busy(f"{folder} is being run by another machine; if that died, wait {STALE_SECONDS:.0f} seconds and repeat.")
+        if (
+            before
+            and before.partition("-")[0] != _machine()
+            and time.time() - os.fstat(descriptor).st_mtime < STALE_SECONDS
+        ):
+            raise Busy(
+                f"{folder} is being run by another machine; if that died, wait {STALE_SECONDS:.0f} "
+                "seconds and repeat."
+            )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, owner.encode(), 0)
         beat = threading.Thread(target=_beat, args=(descriptor, stop), daemon=True)

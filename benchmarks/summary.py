@@ -1,4 +1,5 @@
-"""The table at the end of a run, from its folder alone: the same for a run just done and one found finished. Imports no torch."""
+"""The table at the end of a run, from its folder alone: the same for a run just done and one found finished.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def show(folder: Path, found: bool = False) -> None:
     console = Console(highlight=False)
     ways = {title.partition("@")[2] for title in evaluated(metrics)}
     way = f"@{ways.pop()}" if len(ways) == 1 else ""  # said once, where it is the same for every task
-    title = f"{cfg['method']['name']} on {cfg['model']['name']}, {cfg['task']['name']}{way}, seed {cfg['seed']}"
+    title = (
+        f"{cfg['method']['name']} on {cfg['model']['name']}, {cfg['task']['name']}{way}, seed {cfg['seed']}"
+    )
     console.print()
     console.print(title + (" (found finished)" if found else ""), style="bold", soft_wrap=True, markup=False)
     console.print(_accuracy(metrics, way))
@@ -52,11 +55,16 @@ def show(folder: Path, found: bool = False) -> None:
 
 
 def _accuracy(metrics: dict[str, Any], way: str) -> Table:
-    """One row a task: accuracies in percent with standard error, chance, the frozen base, and what training gained."""
+    """One row a task: accuracies in percent with standard error, chance, the frozen base, and what training
+    gained."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("task", no_wrap=True)
     titles = evaluated(metrics)
-    extra = [name for name in ("acc_norm", "acc_strict") if any(f"eval/{title}/{name}" in metrics for title in titles)]
+    extra = [
+        name
+        for name in ("acc_norm", "acc_strict")
+        if any(f"eval/{title}/{name}" in metrics for title in titles)
+    ]
     for column in ("acc %", *(f"{name} %" for name in extra), "base %", "gain", "chance"):
         table.add_column(column, justify="right", no_wrap=True)
     for title in titles:
@@ -107,18 +115,30 @@ def _chance(title: str) -> str:
 def _facts(metrics: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     """(name, text) of the lines below the table; a line without figures is left out."""
     trainable, total = metrics.get("params/trainable"), metrics.get("params/total")
-    parameters = f"{trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)" if trainable is not None and total else ""
+    parameters = (
+        f"{trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)"
+        if trainable is not None and total
+        else ""
+    )
     parts = [
         _figure(metrics, "train/seconds", "{:,.0f} s"),
         _figure(metrics, "train/tokens_per_second", "{:,.0f} tokens/s"),
         _figure(metrics, "memory/peak_bytes", "{:,.0f} MB at the peak", 1e-6),
     ]
-    names = [key.removeprefix("train/loss_") for key in metrics if key.startswith("train/loss_") and key != "train/loss_total"]
+    names = [
+        key.removeprefix("train/loss_")
+        for key in metrics
+        if key.startswith("train/loss_") and key != "train/loss_total"
+    ]
     losses = [_figure(metrics, f"train/loss_{name}", f"{name} {{:.4g}}") for name in names]
     load = [_figure(metrics, f"load/{key}", f"{name} {{:.3g}}") for key, name in LOAD.items()]
     alike = [_figure(metrics, f"headline/{key}", form) for key, form in COLLAPSE.items()]
     forgotten = [_figure(metrics, f"forgetting/{key}", form) for key, form in FORGETTING.items()]
-    leaked = [_figure(metrics, f"leakage/{key}", form) for key, form in LEAKAGE.items()] if metrics.get("leakage/rows") else []
+    leaked = (
+        [_figure(metrics, f"leakage/{key}", form) for key, form in LEAKAGE.items()]
+        if metrics.get("leakage/rows")
+        else []
+    )
     lines = {
         "parameters": [parameters],
         "training": parts,

@@ -1,4 +1,5 @@
-"""What a training run counts about itself, on the device until the next logged step, and saved with every checkpoint."""
+"""What a training run counts about itself, on the device until the next logged step, and saved with every
+checkpoint."""
 
 from __future__ import annotations
 
@@ -39,13 +40,17 @@ class Tally:
     def window(self, step: int) -> dict[str, float]:
         """A row of the history: means over the steps since the last row, which are then forgotten.
 
-        Over all processes of a run: they all call this, each gets the same row but for its own clock. One copy from the device.
+        Over all processes of a run: they all call this, each gets the same row but for its own clock. One
+        copy from the device.
         """
         steps, self.last_step = max(1, step - self.last_step), step
         counted = fetch([*self.losses.values(), self.recent_tokens, *self.recent.tensors()], reduce=True)
         losses, tokens = counted[: len(self.losses)], int(counted[len(self.losses)])
         recent, seconds = self.recent.holding(counted[len(self.losses) + 1 :]), self._lap()
-        row = {f"loss/{name}": float(value) / steps / processes() for name, value in zip(self.losses, losses, strict=True)}
+        row = {
+            f"loss/{name}": float(value) / steps / processes()
+            for name, value in zip(self.losses, losses, strict=True)
+        }
         row["loss/total"] = sum(row.values())
         row |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
         row |= readings.measures(recent)
@@ -55,8 +60,12 @@ class Tally:
         return row
 
     def gather(self) -> None:
-        """Before a checkpoint, which the first process alone writes: it takes over what all have counted since the last row."""
-        names, tensors = list(self.losses), [*self.losses.values(), self.recent_tokens, *self.recent.tensors()]
+        """Before a checkpoint, which the first process alone writes: it takes over what all have counted
+        since the last row."""
+        names, tensors = (
+            list(self.losses),
+            [*self.losses.values(), self.recent_tokens, *self.recent.tensors()],
+        )
         if processes() == 1:
             return
         counted = [sums.to(t.device) for sums, t in zip(fetch(tensors, reduce=True), tensors, strict=True)]
@@ -74,12 +83,15 @@ class Tally:
 
     def state(self) -> dict[str, Any]:
         """Plain data for `torch.save`; the clock is stopped for it and starts again with `restore`."""
-        counted = {key: getattr(self, key) for key in ("losses", "recent_tokens", "tokens", "seconds", "last_step")}
+        counted = {
+            key: getattr(self, key) for key in ("losses", "recent_tokens", "tokens", "seconds", "last_step")
+        }
         elapsed = time.perf_counter() - self.started
         return counted | {"recent": self.recent.state(), "load": self.load.state(), "elapsed": elapsed}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from what `state` returned; of several processes the first alone takes over what belongs to the next row."""
+        """Continues from what `state` returned; of several processes the first alone takes over what belongs
+        to the next row."""
         for key in ("losses", "recent_tokens", "tokens", "seconds", "last_step"):
             setattr(self, key, state[key])
         self.recent, self.load = Meter.from_state(state["recent"]), Meter.from_state(state["load"])

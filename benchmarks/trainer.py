@@ -1,4 +1,5 @@
-"""A transformers Trainer for every method alike: task loss plus recorded auxiliary losses, load statistics, exact checkpoints."""
+"""A transformers Trainer for every method alike: task loss plus recorded auxiliary losses, load statistics,
+exact checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from .tally import Tally
 
 
 class MixtureTrainer(Trainer):
-    """Trainer whose loss is the task loss plus the auxiliary losses the model records. It never asks which method it trains."""
+    """Trainer whose loss is the task loss plus the auxiliary losses the model records. It never asks which
+    method it trains."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
@@ -32,15 +34,20 @@ class MixtureTrainer(Trainer):
         self.tally = Tally()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """`answer-token NLL / answer tokens in the accumulated batch + sum of auxiliary losses / accumulation steps`.
+        """`answer-token NLL / answer tokens in the accumulated batch + sum of auxiliary losses / accumulation
+        steps`.
 
         Each part then has the same gradient however the batch is cut into forward passes.
         """
         with record(self.model) as rec:
             logits = batches.forward(model, inputs, inputs["kept"], inner=self.model)
         nll = answer_nll(logits, inputs["labels"][:, -inputs["kept"] :])
-        parts = {"task": nll / num_items_in_batch * self.accelerator.num_processes}  # DDP averages over processes
-        parts |= {name: value / self.current_gradient_accumulation_steps for name, value in rec.losses.items()}
+        parts = {
+            "task": nll / num_items_in_batch * self.accelerator.num_processes
+        }  # DDP averages over processes
+        parts |= {
+            name: value / self.current_gradient_accumulation_steps for name, value in rec.losses.items()
+        }
         self.tally.add(parts, inputs["attention_mask"], rec.routing)
         loss = sum(parts.values())
         return (loss, logits) if return_outputs else loss
@@ -53,14 +60,21 @@ class MixtureTrainer(Trainer):
             for name, value in logs.items():
                 if name.startswith("loss/") and not math.isfinite(value):
                     raise ConfigError(
-                        f"{name}={value} at step {self.state.global_step}: expected a finite loss. The learning rate is "
-                        f"{self.args.learning_rate:g}, train.max_grad_norm={self.args.max_grad_norm:g}; try a smaller rate."
+                        f"{name}={value} at step {self.state.global_step}: expected a finite loss. "
+                        "The learning rate is "
+                        f"{self.args.learning_rate:g}, "
+                        f"train.max_grad_norm={self.args.max_grad_norm:g}; try a smaller rate."
                     )
         super().log(logs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All but biases, norms, and parameters with a true attribute `no_weight_decay` or that in their name."""
-        exempt = {name for name, p in model.named_parameters() if getattr(p, "no_weight_decay", False) or "no_weight_decay" in name}
+        """All but biases, norms, and parameters with a true attribute `no_weight_decay` or that in their
+        name."""
+        exempt = {
+            name
+            for name, p in model.named_parameters()
+            if getattr(p, "no_weight_decay", False) or "no_weight_decay" in name
+        }
         return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
 
     def floating_point_ops(self, inputs) -> int:
@@ -80,7 +94,8 @@ class MixtureTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        """Writes what training changes, and the tally: exact for every method, and the frozen base is left out."""
+        """Writes what training changes, and the tally: exact for every method, and the frozen base is left
+        out."""
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().contiguous() for name, value in _changing(self.model)}
@@ -104,5 +119,8 @@ def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the answer tokens' negative log-likelihoods, fp32. logits [B, L, V] at position i predict labels [B, L] at i + 1."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    """Sum of the answer tokens' negative log-likelihoods, fp32. logits [B, L, V] at position i predict labels
+    [B, L] at i + 1."""
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )

@@ -1,4 +1,5 @@
-"""Training one model on the rows of one run: batches, schedule, checkpoints, and what is reported at the end."""
+"""Training one model on the rows of one run: batches, schedule, checkpoints, and what is reported at the
+end."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 @dataclass(frozen=True)
 class TrainResult:
-    """metrics: `train/...`, `memory/peak_bytes`, `load/train_...`, `routing/train_...`; history: a row a logged step; routing: a row an
-    expert."""
+    """metrics: `train/...`, `memory/peak_bytes`, `load/train_...`, `routing/train_...`; history: a row a
+    logged step; routing: a row an expert."""
 
     metrics: dict[str, float]
     history: list[dict[str, Any]]
@@ -53,11 +54,12 @@ def train(
     skills: Sequence[str] = (),
     probe: Probe | None = None,
 ) -> TrainResult:
-    """Trains what is trainable of `model`, in place; nothing happens where nothing is. skills: names in the order of their ids. probe:
-    measures while training goes on; its time is no training time.
+    """Trains what is trainable of `model`, in place; nothing happens where nothing is. skills: names in the
+    order of their ids. probe: measures while training goes on; its time is no training time.
 
-    Checkpoints go to run_dir/checkpoints; with `resume` the last one is continued, and the result equals an uninterrupted run's.
-    Raises ConfigError for rows that cannot be trained on and for a loss that is not finite.
+    Checkpoints go to run_dir/checkpoints; with `resume` the last one is continued, and the result equals an
+    uninterrupted run's. Raises ConfigError for rows that cannot be trained on and for a loss that is not
+    finite.
     """
     if not any(p.requires_grad for p in model.parameters()):
         return TrainResult({}, [], [])
@@ -82,25 +84,43 @@ def train(
         trainer.tally.start()
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resume else None)
     # Columns in an order of their own: those of a resumed run come from a file that sorts them.
-    history = [{k: row[k] for k in sorted(row) if k != "epoch"} for row in trainer.state.log_history if "loss/total" in row]
+    history = [
+        {k: row[k] for k in sorted(row) if k != "epoch"}
+        for row in trainer.state.log_history
+        if "loss/total" in row
+    ]
     metrics = _summary(history, trainer.tally) | peak | {"train/steps": steps, "train/cut_examples": cut}
-    metrics |= {"train/batch_size": cfg.train.batch_size, "train/accumulation": cfg.train.accumulation}  # with train.halve not the config's
-    return TrainResult(metrics, history, readings.rows(trainer.tally.load, "train", f"{cfg.mix.name}@{cfg.data.source}"))
+    metrics |= {
+        "train/batch_size": cfg.train.batch_size,
+        "train/accumulation": cfg.train.accumulation,
+    }  # with train.halve not the config's
+    return TrainResult(
+        metrics, history, readings.rows(trainer.tally.load, "train", f"{cfg.mix.name}@{cfg.data.source}")
+    )
 
 
-def encode_rows(tokenizer, rows: list[dict], cfg: RunConfig, skills: Sequence[str] = ()) -> tuple[list[Example], int]:
-    """Rows as prompt, right answer and end token, at most `train.max_length` tokens; and how many had to be cut for that."""
+def encode_rows(
+    tokenizer, rows: list[dict], cfg: RunConfig, skills: Sequence[str] = ()
+) -> tuple[list[Example], int]:
+    """Rows as prompt, right answer and end token, at most `train.max_length` tokens; and how many had to be
+    cut for that."""
     if not rows:
         raise ConfigError("training rows: none, expected at least one.")
     pairs = [_texts(row, cfg.protocol) for row in rows]
-    whole = cache.encoded(Path(cfg.runs_dir).expanduser() / ".cache", tokenizer, pairs, eos=True, encode=batches.encode)
+    whole = cache.encoded(
+        Path(cfg.runs_dir).expanduser() / ".cache", tokenizer, pairs, eos=True, encode=batches.encode
+    )
     number = {name: i for i, name in enumerate(skills)}
-    examples = [replace(e.last(cfg.train.max_length), skill=number.get(row.get("skill"), -1)) for e, row in zip(whole, rows, strict=True)]
+    examples = [
+        replace(e.last(cfg.train.max_length), skill=number.get(row.get("skill"), -1))
+        for e, row in zip(whole, rows, strict=True)
+    ]
     return examples, sum(len(e.ids) > cfg.train.max_length for e in whole)
 
 
 def _texts(row: dict, protocol: str) -> tuple[str, str]:
-    """(prompt, answer) of a row in the form in which its task is evaluated; an instruction row brings its own text."""
+    """(prompt, answer) of a row in the form in which its task is evaluated; an instruction row brings its own
+    text."""
     if "instruction" in row:
         return mixes.pair(row)
     form = tasks.get(row["task"], "mix.parts").form(protocol)
@@ -108,7 +128,8 @@ def _texts(row: dict, protocol: str) -> tuple[str, str]:
 
 
 def _collate(examples: Sequence[Example], pad: int, loss: str) -> dict[str, Any]:
-    """A batch whose labels are the answers (loss=response) or every token (loss=whole); prompts stay marked as prompts."""
+    """A batch whose labels are the answers (loss=response) or every token (loss=whole); prompts stay marked
+    as prompts."""
     batch = batches.collate(examples, pad)
     if loss == "whole":
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -145,26 +166,30 @@ def _arguments(model, cfg: RunConfig, steps: int, folder: Path) -> TrainingArgum
         activation_checkpointing=t.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None,
         logging_steps=t.log_every,
-        logging_nan_inf_filter=False,  # it hides a NaN behind the mean of earlier losses, and synchronises every step
+        # it hides a NaN behind the mean of earlier losses, and synchronises every step
+        logging_nan_inf_filter=False,
         save_steps=t.save_every,
         save_total_limit=1,
         seed=int(cfg.seed),
         use_cpu=device.type == "cpu",
-        ddp_find_unused_parameters=True,  # an untrained threshold head and an adapter behind a zero gate have no gradient
+        # an untrained threshold head and an adapter behind a zero gate have no gradient
+        ddp_find_unused_parameters=True,
         dataloader_pin_memory=device.type == "cuda",
         disable_tqdm=True,
         report_to="none",
     )
     if (args.device.type, args.device.index or 0) != (device.type, device.index or 0):
         raise ConfigError(
-            f"device={device}: the Trainer takes {args.device}; expected CUDA_VISIBLE_DEVICES={device.index} and device=cuda."
+            f"device={device}: the Trainer takes {args.device}; expected "
+            f"CUDA_VISIBLE_DEVICES={device.index} and device=cuda."
         )
     args._n_gpu = min(1, args.n_gpu)  # one GPU a process: the Trainer would wrap the model in DataParallel
     return args
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint. Its state file is written last, so a folder where that is missing or cut short was interrupted."""
+    """The newest whole checkpoint. Its state file is written last, so a folder where that is missing or cut
+    short was interrupted."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
@@ -180,10 +205,18 @@ def _is_json(path: Path) -> bool:
 def _summary(history: list[dict[str, Any]], tally) -> dict[str, float]:
     """Losses are means over the last tenth of the logged rows (at least one), since one window is noisy."""
     last = history[-max(1, len(history) // 10) :]
-    losses = {key.removeprefix("loss/"): sum(row[key] for row in last) / len(last) for key in last[-1] if key.startswith("loss/")}
+    losses = {
+        key.removeprefix("loss/"): sum(row[key] for row in last) / len(last)
+        for key in last[-1]
+        if key.startswith("loss/")
+    }
     return (
         {f"train/loss_{name}": value for name, value in losses.items()}
-        | {"train/seconds": tally.seconds, "train/tokens": tally.tokens, "train/tokens_per_second": tally.tokens / tally.seconds}
+        | {
+            "train/seconds": tally.seconds,
+            "train/tokens": tally.tokens,
+            "train/tokens_per_second": tally.tokens / tally.seconds,
+        }
         | {name.replace("/", "/train_", 1): value for name, value in readings.measures(tally.load).items()}
     )
 
@@ -195,7 +228,9 @@ class _Progress(TrainerCallback):
         self.show, self.bar = show, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=not self.show)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=not self.show
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
@@ -203,7 +238,9 @@ class _Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss/task" in logs:
-            self.bar.set_postfix({key.removeprefix("loss/"): f"{v:.3f}" for key, v in logs.items() if key.startswith("loss/")})
+            self.bar.set_postfix(
+                {key.removeprefix("loss/"): f"{v:.3f}" for key, v in logs.items() if key.startswith("loss/")}
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -246,7 +283,8 @@ class LiveLog(TrainerCallback):
 
 @contextmanager
 def _as_it_was(model) -> Iterator[None]:
-    """Evaluation mode afterwards, and the KV cache that the Trainer switches off in the model's config as before."""
+    """Evaluation mode afterwards, and the KV cache that the Trainer switches off in the model's config as
+    before."""
     cache = getattr(model.config, "use_cache", None)
     try:
         yield
@@ -257,14 +295,17 @@ def _as_it_was(model) -> Iterator[None]:
 
 @contextmanager
 def _peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills "memory/peak_bytes" on exit: allocated on a GPU, else resident in RAM (of the whole process with libraries)."""
+    """Fills "memory/peak_bytes" on exit: allocated on a GPU, else resident in RAM (of the whole process with
+    libraries)."""
     found: dict[str, float] = {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         _reset_resident_peak()
     yield found
-    found["memory/peak_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak()
+    found["memory/peak_bytes"] = (
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_peak()
+    )
 
 
 def _reset_resident_peak() -> None:

@@ -1,10 +1,12 @@
-"""`train.lr_grid=[5e-4,1e-3,2e-3]`: every method gets the learning rate that suits it, found with equal effort and without the test split.
+"""`train.lr_grid=[5e-4,1e-3,2e-3]`: every method gets the learning rate that suits it, found with equal
+effort and without the test split.
 
-One learning rate for all methods favours some. With a grid a run trains once for each rate, on nine tenths of its training rows, and
-is judged on the held-out tenth (mean accuracy over tasks); then it trains with the best rate on all rows, and the reported split is
-evaluated that once. Equal accuracies: the lower rate. The trials are runs of their own in the run's folder `trials/`, found again
-when the run resumes; a trial that fails (a rate at which the loss is not finite) is recorded and passed over. With method=full the
-rates keep the ratio of `lr_full` to `lr`.
+One learning rate for all methods favours some. With a grid a run trains once for each rate, on nine tenths of
+its training rows, and is judged on the held-out tenth (mean accuracy over tasks); then it trains with the
+best rate on all rows, and the reported split is evaluated that once. Equal accuracies: the lower rate. The
+trials are runs of their own in the run's folder `trials/`, found again when the run resumes; a trial that
+fails (a rate at which the loss is not finite) is recorded and passed over. With method=full the rates keep
+the ratio of `lr_full` to `lr`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def tuned(cfg: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     names = tuple(name for name in cfg.task.eval if "train" in splits(name, cfg.data))
     if not names:
         raise ConfigError(
-            f"train.lr_grid={list(cfg.train.lr_grid)}: none of {', '.join(cfg.task.eval)} has a train split to hold rows out of."
+            f"train.lr_grid={list(cfg.train.lr_grid)}: none of {', '.join(cfg.task.eval)} has a train "
+            "split to hold rows out of."
         )
     trials = [_trial(_at(cfg, lr, names, folder), lr) for lr in cfg.train.lr_grid]
     worked = [trial for trial in trials if trial.accuracy is not None]
@@ -47,7 +50,11 @@ def tuned(cfg: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         raise RunError("; ".join(f"train.lr={trial.lr:g}: {trial.reason}" for trial in trials))
     best = min(worked, key=lambda trial: (-trial.accuracy, trial.lr))
     _write(folder, record | {"chosen": best.lr})
-    return _with_rate(cfg, best.lr), {"tuning/lr": best.lr, "tuning/accuracy": best.accuracy, "tuning/trials": len(trials)}
+    return _with_rate(cfg, best.lr), {
+        "tuning/lr": best.lr,
+        "tuning/accuracy": best.accuracy,
+        "tuning/trials": len(trials),
+    }
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
@@ -61,7 +68,9 @@ def _at(cfg: RunConfig, lr: float, tasks: tuple[str, ...], folder: Path) -> RunC
     train = replace(_with_rate(cfg, lr).train, lr_grid=())
     task = TaskConfig(cfg.task.name, tasks)
     out = {"logger": LoggerConfig(kind="none"), "runs_dir": str(folder / "trials"), "forgetting": "none"}
-    return replace(cfg, data=data, train=train, task=task, probe=replace(cfg.probe, times=0), quiet=True, **out)
+    return replace(
+        cfg, data=data, train=train, task=task, probe=replace(cfg.probe, times=0), quiet=True, **out
+    )
 
 
 def _with_rate(cfg: RunConfig, lr: float) -> RunConfig:

@@ -4,8 +4,10 @@
     with backend.use("triton"): ... # for a block, in tests and benchmarks
 
 `torch`   plain torch, hand-written backward: any device and dtype
-`triton`  the Triton kernels: CUDA tensors in fp32, bf16 or fp16 (CPU tensors under TRITON_INTERPRET=1, to test the kernels)
-`auto`    triton for what it can run on a CUDA device, torch for the rest: CPUs, fp64 models, regions under autocast
+`triton`  the Triton kernels: CUDA tensors in fp32, bf16 or fp16 (CPU tensors under TRITON_INTERPRET=1, to
+          test the kernels)
+`auto`    triton for what it can run on a CUDA device, torch for the rest: CPUs, fp64 models, regions under
+          autocast
 
 A demanded backend never gives way to the other: `triton` where it cannot run is an error.
 """
@@ -30,13 +32,16 @@ _selected: Name = "auto"
 
 
 def select(name: Name) -> Name:
-    """Demand a backend from here on and return the one demanded before. Raises ValueError for an unknown name, RuntimeError for
-    `triton` where Triton is not installed."""
+    """Demand a backend from here on and return the one demanded before. Raises ValueError for an unknown
+    name, RuntimeError for `triton` where Triton is not installed."""
     global _selected
     if name not in get_args(Name):
         raise ValueError(f"backend={name!r}: expected one of {', '.join(get_args(Name))}.")
     if name == "triton" and not installed():
-        raise RuntimeError("backend='triton': Triton is not installed; expected backend=torch or auto, or `pip install triton`.")
+        raise RuntimeError(
+            "backend='triton': Triton is not installed; expected backend=torch or auto, or `pip "
+            "install triton`."
+        )
     before, _selected = _selected, name
     return before
 
@@ -57,7 +62,8 @@ def use(name: Name) -> Iterator[None]:
 
 
 def triton_for(x: Tensor) -> bool:
-    """Whether the Triton kernels run for a tensor like x. Raises RuntimeError where they were demanded and cannot."""
+    """Whether the Triton kernels run for a tensor like x. Raises RuntimeError where they were demanded and
+    cannot."""
     if _selected == "torch":
         return False
     fits = x.dtype in DTYPES and not autocasting(x)
@@ -66,14 +72,17 @@ def triton_for(x: Tensor) -> bool:
     if not fits or not (x.is_cuda or interpreted()):
         autocast = " under autocast" if autocasting(x) else ""
         raise RuntimeError(
-            f"backend='triton': cannot run on {x.device.type} in {str(x.dtype).removeprefix('torch.')}{autocast}; expected a CUDA device "
-            "(or TRITON_INTERPRET=1) and a model in float32, bfloat16 or float16. Other models take backend=torch or auto."
+            f"backend='triton': cannot run on {x.device.type} in "
+            f"{str(x.dtype).removeprefix('torch.')}{autocast}; expected a CUDA device "
+            "(or TRITON_INTERPRET=1) and a model in float32, bfloat16 or float16. Other models take "
+            "backend=torch or auto."
         )
     return True
 
 
 def autocasting(x: Tensor) -> bool:
-    """Whether ops on tensors like x choose their own precision; the meta device, which computes nothing, knows no autocast."""
+    """Whether ops on tensors like x choose their own precision; the meta device, which computes nothing,
+    knows no autocast."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
@@ -84,7 +93,9 @@ def describe(device: str | torch.device) -> str:
         if not cuda:
             return f"torch (auto: device {torch.device(device).type})"
         return f"triton {_version()} (auto)" if installed() else "torch (auto: Triton is not installed)"
-    return _selected if _selected == "torch" else f"triton {_version()}" + (" (interpreter)" if not cuda else "")
+    return (
+        _selected if _selected == "torch" else f"triton {_version()}" + (" (interpreter)" if not cuda else "")
+    )
 
 
 @cache

@@ -1,13 +1,16 @@
 """Shrink and expand: the only two operations of a low-rank mixture that touch wide tensors.
 
-    Y_i, S, Z = linear_shrink(X, [(W_i, b_i)], A, H)      Y_i = X W_i^T + b_i,  S = X A^T,  Z = X H^T in full precision
+    Y_i, S, Z = linear_shrink(X, [(W_i, b_i)], A, H)      Y_i = X W_i^T + b_i,  S = X A^T,  Z = X H^T in full
+                                                          precision
     Y        += sum_j S_j B_j^T                           expand_add_
 
-Each is one autograd node with a hand-written backward, around a rank-side mixture that stays ordinary autograd. The frozen linears and
-the routers (H) that read the same X belong to the same node as its shrink, so dX is accumulated in place by GEMMs and nothing of output
-width is saved. Both backends run the same nodes; they differ in the four steps at the end of this file.
+Each is one autograd node with a hand-written backward, around a rank-side mixture that stays ordinary
+autograd. The frozen linears and the routers (H) that read the same X belong to the same node as its shrink,
+so dX is accumulated in place by GEMMs and nothing of output width is saved. Both backends run the same nodes;
+they differ in the four steps at the end of this file.
 
-Shapes: T tokens, d input width, b output width, R rank rows, H router rows. Frozen weights get no gradient. Derivation: README.md.
+Shapes: T tokens, d input width, b output width, R rank rows, H router rows. Frozen weights get no gradient.
+Derivation: README.md.
 """
 
 from __future__ import annotations
@@ -34,10 +37,12 @@ def full_precision(dtype: torch.dtype) -> torch.dtype:
 def linear_shrink(
     x: Tensor, frozen: Sequence[Frozen], a: Tensor, heads: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Frozen outputs `[Y_i [T, b_i]]`, `S [T, R]` and router scores `Z [T, H]` of x [T, d] under a [R, d] and heads [H, d].
+    """Frozen outputs `[Y_i [T, b_i]]`, `S [T, R]` and router scores `Z [T, H]` of x [T, d] under a [R, d] and
+    heads [H, d].
 
-    a is taken in the dtype of x; Z is computed and returned in fp32 (fp64 for fp64 x), its backward in the dtype of x like every other
-    gradient. Under autocast the same comes from plain ops, and so do the Y_i where a frozen weight asks for a gradient.
+    a is taken in the dtype of x; Z is computed and returned in fp32 (fp64 for fp64 x), its backward in the
+    dtype of x like every other gradient. Under autocast the same comes from plain ops, and so do the Y_i
+    where a frozen weight asks for a gradient.
     """
     a = a.to(x.dtype)
     tensors = [t for pair in frozen for t in pair]
@@ -46,7 +51,11 @@ def linear_shrink(
     triton = backend.triton_for(x)
     if backend.autocasting(x):
         with torch.autocast(x.device.type, enabled=False):
-            z = None if heads is None else F.linear(x.to(full_precision(x.dtype)), heads.to(full_precision(x.dtype)))
+            z = (
+                None
+                if heads is None
+                else F.linear(x.to(full_precision(x.dtype)), heads.to(full_precision(x.dtype)))
+            )
         return [F.linear(x, w, b) for w, b in frozen], F.linear(x, a), z
     if not torch.is_grad_enabled():
         return _forward(x, a, heads, tensors, triton)
@@ -60,13 +69,14 @@ def shrink(x: Tensor, a: Tensor) -> Tensor:
 
 
 def weigh(s: Tensor, w: Tensor, spread: Tensor) -> Tensor:
-    """`S * (w P)` [T, G, R] of s [T, G, R], w [T, G, E] and P = spread [E, R], the factor of each rank row in its owner's row. The factors
-    are made again in the backward: [T, G, E] is kept instead of [T, G, R]."""
+    """`S * (w P)` [T, G, R] of s [T, G, R], w [T, G, E] and P = spread [E, R], the factor of each rank row in
+    its owner's row. The factors are made again in the backward: [T, G, E] is kept instead of [T, G, R]."""
     return _Weigh.apply(s, w, spread.to(s.dtype))
 
 
 def expand_add_(y: Tensor, terms: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, slice]]) -> Tensor:
-    """y [T, b] plus, in place, `S_j B_j^T` for each term (S_j [T, R_j], B_j [b_j, R_j], columns of y: all unless given)."""
+    """y [T, b] plus, in place, `S_j B_j^T` for each term (S_j [T, R_j], B_j [b_j, R_j], columns of y: all
+    unless given)."""
     columns = tuple([term[2] if len(term) == 3 else slice(None) for term in terms])
     pairs = [t.to(y.dtype) for term in terms for t in term[:2]]
     triton = backend.triton_for(y)
@@ -128,7 +138,11 @@ class _Weigh(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         s, w, spread = ctx.saved_tensors
         ds = grad * _factors(s, w, spread) if ctx.needs_input_grad[0] else None
-        dw = ((grad * s).flatten(0, -2) @ spread.t()).view(w.shape).to(w.dtype) if ctx.needs_input_grad[1] else None
+        dw = (
+            ((grad * s).flatten(0, -2) @ spread.t()).view(w.shape).to(w.dtype)
+            if ctx.needs_input_grad[1]
+            else None
+        )
         return ds, dw, None
 
 
@@ -167,7 +181,8 @@ def _expand_add_(y: Tensor, columns: Sequence[slice], pairs: Sequence[Tensor], t
 
 
 def steps(triton: bool) -> ModuleType:
-    """The module whose `shrink_both`, `add_`, `product` and `outer` run: this one, or its Triton counterpart."""
+    """The module whose `shrink_both`, `add_`, `product` and `outer` run: this one, or its Triton
+    counterpart."""
     if not triton:
         return sys.modules[__name__]
     from .triton import lowrank

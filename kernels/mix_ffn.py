@@ -1,14 +1,17 @@
-"""The mixture inside a gated feed-forward block whose experts share its frozen weights (MixLoRA), as one autograd node.
+"""The mixture inside a gated feed-forward block whose experts share its frozen weights (MixLoRA), as one
+autograd node.
 
     h_e  = act(G + S^g_e B^g_e^T) * (U + S^u_e B^u_e^T)
     hbar = sum_e w_e h_e            z_e = w_e (h_e * m) A_e^T
 
-so that the block's output is `W_d hbar + sum_e B^d_e z_e`: frozen gate, up and down run once whatever the number of experts.
+so that the block's output is `W_d hbar + sum_e B^d_e z_e`: frozen gate, up and down run once whatever the
+number of experts.
 
-Shapes: T tokens, f inner width, E experts of r rank rows, R = E r, K selected experts a token. A sparse router's K selections are K
-passes over the inner width with the rank rows of other experts zeroed, not E passes and no gather: rank is cheap, passes are not. A soft
-router takes E passes of r rows. On a CPU a pass goes through the tokens in blocks, so that what it makes of width f stays near the core.
-None of that is kept: the backward makes it again, as the Triton kernels do (moabench.kernels.triton.mix_ffn).
+Shapes: T tokens, f inner width, E experts of r rank rows, R = E r, K selected experts a token. A sparse
+router's K selections are K passes over the inner width with the rank rows of other experts zeroed, not E
+passes and no gather: rank is cheap, passes are not. A soft router takes E passes of r rows. On a CPU a pass
+goes through the tokens in blocks, so that what it makes of width f stays near the core. None of that is kept:
+the backward makes it again, as the Triton kernels do (moabench.kernels.triton.mix_ffn).
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from torch.nn import functional as F
 from . import backend
 
 BLOCK = 1024 * 1024
-"""Bytes of one [tokens, f] tensor of a block: a few stay near the core, and a GEMM has tokens enough (measured, see README.md)."""
+"""Bytes of one [tokens, f] tensor of a block: a few stay near the core, and a GEMM has tokens enough
+(measured, see README.md)."""
 
 ACTIVATIONS = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
@@ -47,16 +51,19 @@ def mix_ffn(
     act: str = "silu",
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`hbar [T, f]` and `z [T, R]` from gate, up [T, f], s_gate, s_up [T, R], b_gate, b_up [f, R], a_down [R, f], weights [T, E].
+    """`hbar [T, f]` and `z [T, R]` from gate, up [T, f], s_gate, s_up [T, R], b_gate, b_up [f, R], a_down [R,
+    f], weights [T, E].
 
-    ids [T, K]: the selected experts, where every token has K; None for all. dropout acts on the input of a_down with one mask for all
-    experts. act: one of ACTIVATIONS.
+    ids [T, K]: the selected experts, where every token has K; None for all. dropout acts on the input of
+    a_down with one mask for all experts. act: one of ACTIVATIONS.
     """
     dtype = gate.dtype
     keep = None
     if dropout:
         keep = torch.empty_like(gate).bernoulli_(1 - dropout).div_(1 - dropout)
-    cast = [t.to(dtype) for t in (up, s_gate, s_up, b_gate, b_up, a_down, weights)]  # under autocast they may differ
+    cast = [
+        t.to(dtype) for t in (up, s_gate, s_up, b_gate, b_up, a_down, weights)
+    ]  # under autocast they may differ
     if backend.triton_for(gate) and (found := _triton(weights.shape[1], s_gate.shape[1] // weights.shape[1])):
         chosen = None if ids is None else torch.zeros_like(weights, dtype=torch.bool).scatter_(1, ids, True)
         return found(gate, *cast[:-1], weights.float(), chosen, keep, act)
@@ -64,7 +71,8 @@ def mix_ffn(
 
 
 def _triton(experts: int, r: int):
-    """The Triton operation; None where backend=auto and it cannot hold that many rank rows. Where Triton was demanded it says so itself."""
+    """The Triton operation; None where backend=auto and it cannot hold that many rank rows. Where Triton was
+    demanded it says so itself."""
     from .triton import mix_ffn as kernels
 
     return kernels.mix_ffn if kernels.fits(experts, r) or backend.demanded() == "triton" else None
@@ -79,7 +87,9 @@ class _MixFFN(torch.autograd.Function):
         for i, (rows, mask, w) in enumerate(_passes(weights, ids, s_gate.shape[1])):
             sg, su, code = _part(s_gate, rows, mask), _part(s_up, rows, mask), torch.empty_like(z[:, rows])
             for t in _blocks(gate, s_gate.shape[1]):
-                h = activation(torch.addmm(gate[t], sg[t], bt_gate[rows])).mul_(torch.addmm(up[t], su[t], bt_up[rows]))
+                h = activation(torch.addmm(gate[t], sg[t], bt_gate[rows])).mul_(
+                    torch.addmm(up[t], su[t], bt_up[rows])
+                )
                 _add_weighted_(hbar[t], h, w[t], first=i == 0)
                 code[t] = (h if keep is None else h.mul_(keep[t])) @ a_down[rows].t()
             z[:, rows].add_(_masked(code, mask) * w)
@@ -119,13 +129,27 @@ class _MixFFN(torch.autograd.Function):
             ds_gate[:, rows].add_(_masked(dsg, mask) * w)
             ds_up[:, rows].add_(_masked(dsu, mask) * w)
             _add_column_(dweights, ids, i, dw)
-        return dgate, dup, ds_gate, ds_up, db_gate.sum(0).t(), db_up.sum(0).t(), da_down.sum(0), dweights, None, None, None
+        return (
+            dgate,
+            dup,
+            ds_gate,
+            ds_up,
+            db_gate.sum(0).t(),
+            db_up.sum(0).t(),
+            da_down.sum(0),
+            dweights,
+            None,
+            None,
+            None,
+        )
 
 
 def _blocks(x: Tensor, total: int) -> list[slice]:
-    """The tokens of x [T, f] in blocks; one block under torch.compile, which fuses what a block does, and on other devices than CPUs.
+    """The tokens of x [T, f] in blocks; one block under torch.compile, which fuses what a block does, and on
+    other devices than CPUs.
 
-    A block has at least R tokens, so that the parts of a gradient [R, f] are no larger than x, and enough for efficient GEMMs.
+    A block has at least R tokens, so that the parts of a gradient [R, f] are no larger than x, and enough for
+    efficient GEMMs.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return [slice(None)]
@@ -134,7 +158,8 @@ def _blocks(x: Tensor, total: int) -> list[slice]:
 
 
 def _parts(a_down: Tensor, blocks: int) -> Tensor:
-    """Zeros for a gradient [R, f] that is summed over blocks: a part for each where adding one after the other would round each time."""
+    """Zeros for a gradient [R, f] that is summed over blocks: a part for each where adding one after the
+    other would round each time."""
     return a_down.new_zeros(1 if a_down.dtype in (torch.float32, torch.float64) else blocks, *a_down.shape)
 
 
@@ -151,7 +176,9 @@ def _passes(weights: Tensor, ids: Tensor | None, total: int):
             yield slice(e * r, (e + 1) * r), None, weights[:, e : e + 1]
         return
     for k in range(ids.shape[1]):
-        one_hot = torch.zeros_like(weights).scatter_(1, ids[:, k : k + 1], 1.0)  # F.one_hot looks at the values on the host
+        one_hot = torch.zeros_like(weights).scatter_(
+            1, ids[:, k : k + 1], 1.0
+        )  # F.one_hot looks at the values on the host
         yield slice(None), one_hot.repeat_interleave(r, dim=1), weights.gather(1, ids[:, k : k + 1])
 
 

@@ -2,8 +2,9 @@
 
     Y = X rstd * g,   rstd = (mean(X^2) + eps)^(-1/2)       S = Y A^T,   Z = Y H^T in full precision
 
-Shapes: T tokens, d width, R rank rows, H router rows. Y is rounded as the model's own RMSNorm rounds it, and S and Z are of the rounded
-Y, so the results are those of the norm followed by `lowrank.linear_shrink`. g is frozen. Derivation: README.md.
+Shapes: T tokens, d width, R rank rows, H router rows. Y is rounded as the model's own RMSNorm rounds it, and
+S and Z are of the rounded Y, so the results are those of the norm followed by `lowrank.linear_shrink`. g is
+frozen. Derivation: README.md.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch.autograd.function import once_differentiable
 from . import backend, lowrank
 
 
-def norm_shrink(x: Tensor, weight: Tensor, eps: float, a: Tensor, heads: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`Y` [T, d], `S` [T, R] in the dtype of x [T, d], and `Z` [T, H] in fp32 (fp64 for fp64 x) or None; weight g [d], a [R, d],
-    heads [H, d]. Raises ValueError where g asks for a gradient."""
+def norm_shrink(
+    x: Tensor, weight: Tensor, eps: float, a: Tensor, heads: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`Y` [T, d], `S` [T, R] in the dtype of x [T, d], and `Z` [T, H] in fp32 (fp64 for fp64 x) or None;
+    weight g [d], a [R, d], heads [H, d]. Raises ValueError where g asks for a gradient."""
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("norm_shrink: the norm's weight is frozen here; expected one without requires_grad.")
     a, weight = a.to(x.dtype), weight.to(x.dtype)
@@ -64,7 +67,8 @@ class _NormShrink(torch.autograd.Function):
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`Y` and rstd [T, 1]; the row is scaled in full precision, rounded, and then multiplied by g, as transformers' norms do."""
+    """`Y` and rstd [T, 1]; the row is scaled in full precision, rounded, and then multiplied by g, as
+    transformers' norms do."""
     wide = x.to(lowrank.full_precision(x.dtype))
     rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     return (wide * rstd).to(x.dtype) * weight, rstd

@@ -1,10 +1,11 @@
 """Compile every Triton kernel for GPUs that are not there, and gate what comes out.
 
-    python -m moabench.kernels.offline                  # table for sm_80 and sm_90, bf16 and fp32; exit code 1 where a gate fails
+    python -m moabench.kernels.offline                  # table for sm_80 and sm_90, bf16 and fp32; exit code
+                                                        1 where a gate fails
 
-Gates: no register spills (in fp32, whose products are no tensor-core work and which is for checking, at most 64 bytes), shared memory
-within the architecture's limit for one program, and tensor-core instructions (wgmma or mma.sync) in bf16 kernels that are products.
-Needs Triton, no GPU, and must not run under TRITON_INTERPRET.
+Gates: no register spills (in fp32, whose products are no tensor-core work and which is for checking, at most
+64 bytes), shared memory within the architecture's limit for one program, and tensor-core instructions (wgmma
+or mma.sync) in bf16 kernels that are products. Needs Triton, no GPU, and must not run under TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may use, by compute capability."""
 PRODUCT = {80: r"mma\.sync", 90: r"wgmma\.mma_async|mma\.sync"}
 UNALIGNED = {"T", "G", "R", "H", "E", "N", "K", "r", "row_stride", "site_stride", "eps"}
-"""Integer arguments that are numbers of tokens, sites, ranks, routers or experts, or strides of scores: any number."""
+"""Integer arguments that are numbers of tokens, sites, ranks, routers or experts, or strides of scores: any
+number."""
 MOST_SPILLED = {"bf16": 0, "fp32": 64}
 """Bytes a thread."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -60,10 +62,18 @@ def compile_variant(variant, arch: int, dtype: str) -> Compiled:
     constants = variant.constants | variant.tile.sizes
     signature = {name: variant.arguments.get(name, "constexpr") for name in variant.kernel.arg_names}
     options = {"num_warps": variant.tile.num_warps, "num_stages": variant.tile.num_stages}
-    # Pointers, widths and strides of real tensors are multiples of 16: without the hint loads are scalar and are not pipelined.
-    aligned = [i for i, name in enumerate(variant.kernel.arg_names) if signature[name] != "constexpr" and name not in UNALIGNED]
+    # Pointers, widths and strides of real tensors are multiples of 16: without the hint loads are scalar and
+    # are not pipelined.
+    aligned = [
+        i
+        for i, name in enumerate(variant.kernel.arg_names)
+        if signature[name] != "constexpr" and name not in UNALIGNED
+    ]
     source = ASTSource(
-        fn=variant.kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
+        fn=variant.kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spilled = _resources(built.asm["cubin"])
@@ -92,7 +102,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
@@ -101,7 +113,9 @@ def compiled(files: list[str], archs: list[int], dtypes: list[str], threads: int
     jobs = []
     for file in files:
         module = importlib.import_module(f"moabench.kernels.triton.{file}")
-        jobs += [(v, arch, dtype) for dtype in dtypes for v in module.variants(DTYPES[dtype]) for arch in archs]
+        jobs += [
+            (v, arch, dtype) for dtype in dtypes for v in module.variants(DTYPES[dtype]) for arch in archs
+        ]
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(lambda job: compile_variant(*job), jobs)
 
@@ -122,7 +136,10 @@ def main() -> int:
     for one in compiled(args.files or FILES, args.arch, args.dtype):
         failed += bool(one.failures)
         verdict = f"  FAILS: {'; '.join(one.failures)}" if one.failures else ""
-        print(f"{one.name:34s} {one.arch:3d} {one.registers:9d} {one.spilled:8d} {one.shared:8d}  {', '.join(one.products)}{verdict}")
+        print(
+            f"{one.name:34s} {one.arch:3d} {one.registers:9d} {one.spilled:8d} {one.shared:8d}  "
+            f"{', '.join(one.products)}{verdict}"
+        )
     print(f"{failed} failed" if failed else "all within the gates")
     return 1 if failed else 0
 

@@ -1,14 +1,16 @@
-"""Routing decisions: router scores [..., H] to expert weights [..., E], where E is small and the rows are many.
+"""Routing decisions: router scores [..., H] to expert weights [..., E], where E is small and the rows are
+many.
 
 A router's equation is its own `route()`, in plain torch. Those that fit
 
     p = softmax(z) or sigmoid(z);   S: all, the k largest, the prefix of a given mass, or p >= tau
     u = p or p - tau on S;   w = u or u / sum u
 
-say so as a `Rule`, and `decide` runs any Rule: on Triton as one kernel forward and one backward, which also sums the expert load over real
-tokens; else as plain torch ops.
+say so as a `Rule`, and `decide` runs any Rule: on Triton as one kernel forward and one backward, which also
+sums the expert load over real tokens; else as plain torch ops.
 
-Shapes: T tokens, G sites that share one input, E experts, H = E, or E + 1 where the last score is the threshold's, K selected.
+Shapes: T tokens, G sites that share one input, E experts, H = E, or E + 1 where the last score is the
+threshold's, K selected.
 """
 
 from __future__ import annotations
@@ -23,22 +25,24 @@ from torch.autograd.function import once_differentiable
 from . import backend
 
 SUMS = ("assignments", "weights", "members", "probs", "shares")
-"""Sums over tokens of each expert, [G, E]: selections, w, w / sum w, p, p / sum p. A row without weight has no members."""
+"""Sums over tokens of each expert, [G, E]: selections, w, w / sum w, p, p / sum p. A row without weight has
+no members."""
 TOTALS = ("tokens", "idle", "entropy", "squared_lse")
 """Sums over tokens, [G]: 1, tokens without an expert, entropy of p / sum p (nats), logsumexp(z)^2."""
 SMALLEST = 1e-20
-"""Least sum that weights are divided by: rows whose selected weights sum to less get no gradient through them."""
+"""Least sum that weights are divided by: rows whose selected weights sum to less get no gradient through
+them."""
 
 
 @dataclass(frozen=True)
 class Rule:
     """How scores become weights.
 
-    select: `all`; `top_k`, the k largest scores; `top_p`, the experts before which, in order of p, less than `mass` has been reached;
-    `threshold`, p >= tau. Of equal scores the one of lower index counts as larger.
-    tau: the threshold, 1/E if None; with adaptive tau * sigmoid(t), t the last score.
-    shifted: the weight is p - tau. renormalize: weights are divided by their sum over S.
-    detach: tau gets no gradient. ste: the mask passes the gradient of sigmoid((p - tau) / ste), straight through; 0: it passes none.
+    select: `all`; `top_k`, the k largest scores; `top_p`, the experts before which, in order of p, less than
+    `mass` has been reached; `threshold`, p >= tau. Of equal scores the one of lower index counts as larger.
+    tau: the threshold, 1/E if None; with adaptive tau * sigmoid(t), t the last score. shifted: the weight is
+    p - tau. renormalize: weights are divided by their sum over S. detach: tau gets no gradient. ste: the mask
+    passes the gradient of sigmoid((p - tau) / ste), straight through; 0: it passes none.
     """
 
     activation: Literal["softmax", "sigmoid"] = "softmax"
@@ -55,8 +59,9 @@ class Rule:
 
 @dataclass
 class Decision:
-    """weights, probs [..., E] fp32; chosen [..., E] bool, None for select=all; ids [..., K] int64 by falling score for top_k, else None;
-    tau [..., 1] for a threshold, else None; stats: `SUMS` [G, E] and `TOTALS` [G] over real tokens, None unless asked for."""
+    """weights, probs [..., E] fp32; chosen [..., E] bool, None for select=all; ids [..., K] int64 by falling
+    score for top_k, else None; tau [..., 1] for a threshold, else None; stats: `SUMS` [G, E] and `TOTALS` [G]
+    over real tokens, None unless asked for."""
 
     weights: Tensor
     probs: Tensor
@@ -67,8 +72,8 @@ class Decision:
 
 
 def decide(scores: Tensor, rule: Rule, mask: Tensor | None = None, stats: bool = False) -> Decision:
-    """The decision for scores [T, H], [T, G, H] or with more leading dimensions, any strides; mask [T] bool, True for real tokens,
-    concerns the stats alone. Differentiable: weights, probs and tau, of scores."""
+    """The decision for scores [T, H], [T, G, H] or with more leading dimensions, any strides; mask [T] bool,
+    True for real tokens, concerns the stats alone. Differentiable: weights, probs and tau, of scores."""
     if not backend.triton_for(scores):
         made = plain(scores, rule)
         if stats:
@@ -76,10 +81,13 @@ def decide(scores: Tensor, rule: Rule, mask: Tensor | None = None, stats: bool =
         return made
     sites = _by_site(scores).float()
     weights, probs, tau, chosen, ids, sums = _Route.apply(
-        sites, mask, stats, rule.activation, rule.select, rule.k, rule.mass, _tau(rule, scores), rule.adaptive, rule.shifted,
+        sites, mask, stats, rule.activation, rule.select, rule.k, rule.mass, _tau(rule, scores),
+        rule.adaptive, rule.shifted,
         rule.renormalize, rule.detach, rule.ste,
     )  # fmt: skip
-    weights, probs, tau, chosen, ids = (t.view(*scores.shape[:-1], t.shape[-1]) for t in (weights, probs, tau, chosen, ids))
+    weights, probs, tau, chosen, ids = (
+        t.view(*scores.shape[:-1], t.shape[-1]) for t in (weights, probs, tau, chosen, ids)
+    )
     soft = rule.select == "all"
     return Decision(
         weights=weights,
@@ -123,8 +131,8 @@ def plain(scores: Tensor, rule: Rule) -> Decision:
 def statistics(
     weights: Tensor, chosen: Tensor | None, probs: Tensor | None, logits: Tensor | None, mask: Tensor | None
 ) -> dict[str, Tensor]:
-    """`SUMS` and `TOTALS` of any decision, tensors [T, E] or [T, G, E], over the tokens that mask [T] calls real; on the device, detached.
-    Without probs or logits what is made of them is left out."""
+    """`SUMS` and `TOTALS` of any decision, tensors [T, E] or [T, G, E], over the tokens that mask [T] calls
+    real; on the device, detached. Without probs or logits what is made of them is left out."""
     weights = _by_site(weights.detach().float())
     real = weights.new_ones(weights.shape[0]) if mask is None else mask.reshape(-1).to(weights.dtype)
     chosen = torch.ones_like(weights) if chosen is None else _by_site(chosen).to(weights.dtype)
@@ -147,7 +155,8 @@ def experts_only(scores: Tensor, rule: Rule) -> Tensor:
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """`softmax(scores, -1)`. On a CPU many rows are laid out expert by expert first: vectorised over tokens, 3-4x faster for E = 8."""
+    """`softmax(scores, -1)`. On a CPU many rows are laid out expert by expert first: vectorised over tokens,
+    3-4x faster for E = 8."""
     if scores.device.type != "cpu" or scores.dim() < 2 or scores.numel() < 256 * scores.shape[-1]:
         return scores.softmax(-1)
     return scores.movedim(-1, 0).contiguous().softmax(0).movedim(0, -1)
@@ -157,7 +166,22 @@ class _Route(torch.autograd.Function):
     """The Triton kernels; the backward needs p, S and tau, and recomputes the rest."""
 
     @staticmethod
-    def forward(ctx, scores, mask, stats, activation, select, k, mass, tau, adaptive, shifted, renormalize, detach, ste):
+    def forward(
+        ctx,
+        scores,
+        mask,
+        stats,
+        activation,
+        select,
+        k,
+        mass,
+        tau,
+        adaptive,
+        shifted,
+        renormalize,
+        detach,
+        ste,
+    ):
         kernels = _triton()
         weights, probs, taus, chosen, ids, sums = kernels.route(
             scores, mask, stats, activation, select, k, mass, tau, adaptive, shifted, renormalize
@@ -174,7 +198,9 @@ class _Route(torch.autograd.Function):
         probs, chosen, taus = ctx.saved_tensors
         if dweights is None and dprobs is None and dtau is None:
             return (None,) * 13
-        return _triton().route_backward(dweights, dprobs, dtau, probs, chosen, taus, *ctx.options), *(None,) * 12
+        return _triton().route_backward(dweights, dprobs, dtau, probs, chosen, taus, *ctx.options), *(
+            None,
+        ) * 12
 
 
 def _by_site(t: Tensor) -> Tensor:
@@ -196,7 +222,9 @@ def _named(sums: Tensor) -> dict[str, Tensor]:
     """Sums [G, 5 E + 4] by name."""
     per_expert = sums[:, : -len(TOTALS)].unflatten(-1, (len(SUMS), -1))
     totals = sums[:, -len(TOTALS) :]
-    return dict(zip(SUMS, per_expert.unbind(1), strict=True)) | dict(zip(TOTALS, totals.unbind(1), strict=True))
+    return dict(zip(SUMS, per_expert.unbind(1), strict=True)) | dict(
+        zip(TOTALS, totals.unbind(1), strict=True)
+    )
 
 
 def _triton():

@@ -1,10 +1,12 @@
 """Where sorting starts to pay on this machine: the constant c of `grouped.prefers_sorted`.
 
-    python -m moabench.kernels.tune                  # c for fp32 and bf16, and the ratios that it was read from; seconds
+    python -m moabench.kernels.tune                  # c for fp32 and bf16, and the ratios that it was read
+                                                     from; seconds
     python -m moabench.kernels.tune --width 256 --threads 2
 
-Both forms run forward and backward in one process, interleaved; ratio = time of the dense form / time of the sorted one, medians. c is
-where the ratio crosses 1 over (E - K) r / K, on a line through the logarithms. Times are CPU time with one thread, else wall time.
+Both forms run forward and backward in one process, interleaved; ratio = time of the dense form / time of the
+sorted one, medians. c is where the ratio crosses 1 over (E - K) r / K, on a line through the logarithms.
+Times are CPU time with one thread, else wall time.
 """
 
 from __future__ import annotations
@@ -26,13 +28,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def dense(x: Tensor, a: Tensor, b: Tensor, ids: Tensor, weights: Tensor, scale: float, y: Tensor) -> Tensor:
-    """The masked form of `grouped.grouped_lowrank`, as banks compute it: zeros in the weights [T, E], spread over rank rows by a GEMM."""
+    """The masked form of `grouped.grouped_lowrank`, as banks compute it: zeros in the weights [T, E], spread
+    over rank rows by a GEMM."""
     experts = weights.shape[1]
-    spread = torch.eye(experts, dtype=x.dtype, device=x.device).mul_(scale).repeat_interleave(a.shape[0] // experts, dim=1)
+    spread = (
+        torch.eye(experts, dtype=x.dtype, device=x.device)
+        .mul_(scale)
+        .repeat_interleave(a.shape[0] // experts, dim=1)
+    )
     return lowrank.expand_add_(y, [(lowrank.shrink(x, a) * weights.to(x.dtype).mm(spread), b)])
 
 
-def ratio(tokens: int, width: int, experts: int, k: int, r: int, device: str, dtype: torch.dtype, rounds: int) -> float:
+def ratio(
+    tokens: int, width: int, experts: int, k: int, r: int, device: str, dtype: torch.dtype, rounds: int
+) -> float:
     """Time of the dense form over that of the sorted one, forward and backward."""
     g = torch.Generator().manual_seed(0)
     shapes = ((tokens, width), (experts * r, width), (width, experts * r))
@@ -52,8 +61,9 @@ def ratio(tokens: int, width: int, experts: int, k: int, r: int, device: str, dt
 
 
 def crossing(points: list[tuple[float, float]]) -> str:
-    """Where the ratio passes 1, of points ((E - K) r / K, ratio): a line through their logarithms by least squares. Nothing is said
-    beyond the points: where one form wins at all of them, that c lies above or below."""
+    """Where the ratio passes 1, of points ((E - K) r / K, ratio): a line through their logarithms by least
+    squares. Nothing is said beyond the points: where one form wins at all of them, that c lies above or
+    below."""
     if max(found for _, found in points) <= 1:
         return f"above {max(u for u, _ in points):.0f}"
     if min(found for _, found in points) >= 1:
@@ -76,13 +86,21 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{backend.describe(args.device)}, torch {torch.__version__}, {args.threads} thread(s), width {args.width}, {args.tokens} tokens")
+    print(
+        f"{backend.describe(args.device)}, torch {torch.__version__}, {args.threads} thread(s), width "
+        f"{args.width}, {args.tokens} tokens"
+    )
     for name in args.dtype:
         points = []
         for experts, k in GRID:
-            found = ratio(args.tokens, args.width, experts, k, args.rank, args.device, DTYPES[name], args.rounds)
+            found = ratio(
+                args.tokens, args.width, experts, k, args.rank, args.device, DTYPES[name], args.rounds
+            )
             points.append(((experts - k) * args.rank / k, found))
-            print(f"  {name}  E {experts:3d}  K {k}  r {args.rank}  (E - K) r / K {points[-1][0]:5.0f}  dense / sorted {found:.2f}")
+            print(
+                f"  {name}  E {experts:3d}  K {k}  r {args.rank}  (E - K) r / K {points[-1][0]:5.0f}  "
+                f"dense / sorted {found:.2f}"
+            )
         stored = grouped.BREAK_EVEN.get((torch.device(args.device).type, DTYPES[name]))
         print(f"{name}: c here {crossing(points)}; stored {stored}")
 

@@ -2,12 +2,14 @@
 
     import moabench.methods                                   # PEFT now knows mixtures
     config = moabench.methods.load("moa_sparse")
-    model = peft.get_peft_model(base, config)                 # save_pretrained / PeftModel.from_pretrained work as usual
-    with moabench.methods.record(model) as rec:               # routing and auxiliary losses of the passes inside
+    model = peft.get_peft_model(base, config)                 # save_pretrained / PeftModel.from_pretrained
+                                                              work as usual
+    with moabench.methods.record(model) as rec:               # routing and auxiliary losses of the passes
+                                                              inside
         out = model(**batch)
 
-Importing this package is cheap: torch, transformers and PEFT load at the first use of what needs them, and the tuner registers itself
-with PEFT whenever PEFT is imported, before or after.
+Importing this package is cheap: torch, transformers and PEFT load at the first use of what needs them, and
+the tuner registers itself with PEFT whenever PEFT is imported, before or after.
 """
 
 from __future__ import annotations

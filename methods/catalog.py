@@ -1,7 +1,8 @@
-"""The methods: one YAML a method in conf/method, read as plain data and turned into validated mixtures. Imports no torch.
+"""The methods: one YAML a method in conf/method, read as plain data and turned into validated mixtures.
+Imports no torch.
 
-A method is one or more mixtures (site x experts x router + losses), or a reference point that routes nothing: `tuner: peft` (PEFT's own
-LoRA), `full` (every base parameter trains) or `none` (the frozen base).
+A method is one or more mixtures (site x experts x router + losses), or a reference point that routes nothing:
+`tuner: peft` (PEFT's own LoRA), `full` (every base parameter trains) or `none` (the frozen base).
 """
 
 from __future__ import annotations
@@ -22,17 +23,28 @@ from .losses import Loss
 from .router import Router
 from .spec import ConfigError, build, drop_stale, nearest
 
-PLACES = ("q", "k", "v", "attention", "o", "up", "gate", "down", "ffn")  # order of a block router's outputs, as in the MoA code
+PLACES = (
+    "q",
+    "k",
+    "v",
+    "attention",
+    "o",
+    "up",
+    "gate",
+    "down",
+    "ffn",
+)  # order of a block router's outputs, as in the MoA code
 
 
 @dataclass(frozen=True)
 class Mixture:
     """One router (a site) and the banks it governs.
 
-    site: `linear`, a router on every target linear; `ffn`, one on the feed-forward block; `block`, one a decoder layer that governs
-    experts at several places. input: what a block router reads: `raw`, the layer's input, or `normed`, what its attention reads.
-    gates: `expert`, one router output for each expert; `family`, one for each bank; or a mapping from bank to the bank whose output
-    it uses (every bank then still owns an output).
+    site: `linear`, a router on every target linear; `ffn`, one on the feed-forward block; `block`, one a
+    decoder layer that governs experts at several places. input: what a block router reads: `raw`, the layer's
+    input, or `normed`, what its attention reads. gates: `expert`, one router output for each expert;
+    `family`, one for each bank; or a mapping from bank to the bank whose output it uses (every bank then
+    still owns an output).
     """
 
     name: str
@@ -49,7 +61,8 @@ class Mixture:
 
     @property
     def experts(self) -> tuple[tuple[str, str, int], ...]:
-        """(bank, place, index) of each expert that a `block` or `ffn` router governs, in the order of its outputs."""
+        """(bank, place, index) of each expert that a `block` or `ffn` router governs, in the order of its
+        outputs."""
         found = [
             (place, bank, i)
             for bank, part in self.banks.items()
@@ -96,8 +109,12 @@ class Method:
 
     @property
     def heterogeneous(self) -> bool:
-        """True where a router governs experts of different kinds or at different places, whose gates cannot be compared."""
-        return any(m.site != "linear" and m.routed and len({(bank, place) for bank, place, _ in m.experts}) > 1 for m in self.mixtures)
+        """True where a router governs experts of different kinds or at different places, whose gates cannot
+        be compared."""
+        return any(
+            m.site != "linear" and m.routed and len({(bank, place) for bank, place, _ in m.experts}) > 1
+            for m in self.mixtures
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,17 +182,21 @@ def override(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def parse(data: Mapping[str, Any], path: str = "method") -> Method:
-    """Validated Method from plain data. Raises ConfigError naming the key, the value, what was expected and the nearest name.
+    """Validated Method from plain data. Raises ConfigError naming the key, the value, what was expected and
+    the nearest name.
 
-    `layers: {"0-3, 6": {experts: {r: 4}}}` gives the experts of some decoder layers other options (MoLA, arXiv 2402.08562, has more
-    experts in some of them); which kinds of experts there are, and the router, are the same in all.
+    `layers: {"0-3, 6": {experts: {r: 4}}}` gives the experts of some decoder layers other options (MoLA,
+    arXiv 2402.08562, has more experts in some of them); which kinds of experts there are, and the router, are
+    the same in all.
     """
     keys = build(_MethodKeys, data, path)
     method = _parse(keys, path)
     return replace(method, data=dict(data), layers=tuple(_in_layers(data, keys.layers or {}, method, path)))
 
 
-def _in_layers(data: Mapping[str, Any], changes: Mapping[Any, Any], method: Method, path: str) -> Iterator[tuple[tuple[int, ...], Method]]:
+def _in_layers(
+    data: Mapping[str, Any], changes: Mapping[Any, Any], method: Method, path: str
+) -> Iterator[tuple[tuple[int, ...], Method]]:
     """The variants of a method by layer, checked."""
     taken: set[int] = set()
     for key, options in changes.items():
@@ -185,14 +206,22 @@ def _in_layers(data: Mapping[str, Any], changes: Mapping[Any, Any], method: Meth
             raise ConfigError(f"{where}: layer {min(twice)} was named before; expected each layer once.")
         taken |= set(span)
         if not isinstance(options, Mapping) or not options.keys() <= {"experts", "also"}:
-            raise ConfigError(f"{where}={options!r}: expected options of 'experts', or of 'also.<mixture>.experts', that differ there.")
+            raise ConfigError(
+                f"{where}={options!r}: expected options of 'experts', or of 'also.<mixture>.experts', "
+                "that differ there."
+            )
         changed = override({k: v for k, v in data.items() if k != "layers"}, options)
         found = _parse(build(_MethodKeys, changed, where), where)
         if _shape(found) != _shape(method):
-            raise ConfigError(f"{where}={options!r}: expected the same banks, targets and routers as in the other layers.")
-        if any(loss.scope == "model" for m in method.mixtures for loss in m.losses.values()) and _counts(found) != _counts(method):
             raise ConfigError(
-                f"{where}={options!r}: expected as many experts as elsewhere, since a loss with scope=model counts them together."
+                f"{where}={options!r}: expected the same banks, targets and routers as in the other layers."
+            )
+        if any(loss.scope == "model" for m in method.mixtures for loss in m.losses.values()) and _counts(
+            found
+        ) != _counts(method):
+            raise ConfigError(
+                f"{where}={options!r}: expected as many experts as elsewhere, since a loss with "
+                "scope=model counts them together."
             )
         yield span, found
 
@@ -203,7 +232,9 @@ def _span(text: str, path: str) -> tuple[int, ...]:
     for part in re.split("[,+]", text):
         first, _, last = part.strip().partition("-")
         if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
-            raise ConfigError(f"{path}: {text!r} names no layers; expected numbers from 0 and ranges, as '0-3, 6'.")
+            raise ConfigError(
+                f"{path}: {text!r} names no layers; expected numbers from 0 and ranges, as '0-3, 6'."
+            )
         found += range(int(first), int(last or first) + 1)
     return tuple(found)
 
@@ -211,7 +242,13 @@ def _span(text: str, path: str) -> tuple[int, ...]:
 def _shape(method: Method) -> list:
     """What is the same in all layers."""
     return [
-        (m.name, m.site, m.router, m.losses, {name: (bank.kind, getattr(bank, "targets", ())) for name, bank in m.banks.items()})
+        (
+            m.name,
+            m.site,
+            m.router,
+            m.losses,
+            {name: (bank.kind, getattr(bank, "targets", ())) for name, bank in m.banks.items()},
+        )
         for m in method.mixtures
     ]
 
@@ -225,7 +262,9 @@ def _parse(keys: _MethodKeys, path: str) -> Method:
     original = _read(keys.name) if keys.name in names() else {}
     if keys.tuner in ("full", "none"):
         if keys.experts or keys.also:
-            raise ConfigError(f"{path}.experts={keys.experts!r}: expected none, since tuner={keys.tuner} has no adapter.")
+            raise ConfigError(
+                f"{path}.experts={keys.experts!r}: expected none, since tuner={keys.tuner} has no adapter."
+            )
         return Method(keys.name, keys.tuner, (), False, {})
     main = _mixture("main", keys, original, path)
     if keys.tuner == "peft":
@@ -237,7 +276,9 @@ def _parse(keys: _MethodKeys, path: str) -> Method:
     for name, entry in (keys.also or {}).items():
         where = f"{path}.also.{name}"
         if name == "main" or "__" in str(name) or "." in str(name):
-            raise ConfigError(f"{where}: expected another name; 'main', '__' and '.' have a meaning in tensor names.")
+            raise ConfigError(
+                f"{where}: expected another name; 'main', '__' and '.' have a meaning in tensor names."
+            )
         more = build(_MixtureKeys, entry, where)
         inherited = _inherit(more.experts, keys.experts, f"{where}.experts")
         more = _MixtureKeys(**{**vars(more), "experts": inherited})
@@ -246,7 +287,8 @@ def _parse(keys: _MethodKeys, path: str) -> Method:
 
 
 def _inherit(own: Mapping[str, Any], main: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Options of a further bank, the ones it leaves out taken from the main bank where both kinds know them (r, alpha, dropout)."""
+    """Options of a further bank, the ones it leaves out taken from the main bank where both kinds know them
+    (r, alpha, dropout)."""
     if "kind" not in own or "kind" not in main:
         return dict(own)
     known = Experts.of_kind(own["kind"], path).options() - {"n", "targets"}
@@ -257,7 +299,10 @@ def _mixture(name: str, keys: Any, original: Mapping[str, Any], path: str) -> Mi
     router_data = drop_stale(dict(keys.router), original.get("router") or {}, Router, f"{path}.router")
     router = Router.parse(router_data, f"{path}.router")
     banks = _banks(keys.experts, original.get("experts") or {}, f"{path}.experts")
-    losses = {kind: Loss.parse({"kind": kind, **(options or {})}, f"{path}.losses.{kind}") for kind, options in (keys.losses or {}).items()}
+    losses = {
+        kind: Loss.parse({"kind": kind, **(options or {})}, f"{path}.losses.{kind}")
+        for kind, options in (keys.losses or {}).items()
+    }
     mixture = Mixture(name, keys.site, keys.input, keys.gates, banks, router, losses)
     _check_places(mixture, path)
     try:
@@ -265,16 +310,28 @@ def _mixture(name: str, keys: Any, original: Mapping[str, Any], path: str) -> Mi
     except ConfigError as error:
         raise ConfigError(f"{path}.router.{error}") from None
     if losses and not mixture.routed:
-        raise ConfigError(f"{path}.losses={sorted(losses)}: expected none, since router.kind=none routes nothing.")
+        raise ConfigError(
+            f"{path}.losses={sorted(losses)}: expected none, since router.kind=none routes nothing."
+        )
     for kind, loss in losses.items():
         if loss.coef > 0 and loss.reads not in router.gives:
-            fit = ", ".join(sorted(name for name, part in Router.kinds().items() if loss.reads in part.gives and name != "none"))
-            raise ConfigError(f"{path}.losses.{kind}: reads {loss.reads}, which router.kind={router.kind} does not have; expected {fit}.")
+            fit = ", ".join(
+                sorted(
+                    name
+                    for name, part in Router.kinds().items()
+                    if loss.reads in part.gives and name != "none"
+                )
+            )
+            raise ConfigError(
+                f"{path}.losses.{kind}: reads {loss.reads}, which router.kind={router.kind} does not "
+                f"have; expected {fit}."
+            )
     return mixture
 
 
 def _banks(data: Mapping[str, Any], original: Mapping[str, Any], path: str) -> dict[str, Experts]:
-    """Named banks: `data` is one bank if it has a `kind`, else a mapping name -> bank whose scalars are defaults for every bank."""
+    """Named banks: `data` is one bank if it has a `kind`, else a mapping name -> bank whose scalars are
+    defaults for every bank."""
     if "kind" in data:
         data = drop_stale(dict(data), original, Experts, path)
         return {str(data["kind"]): Experts.parse(data, path)}
@@ -284,40 +341,63 @@ def _banks(data: Mapping[str, Any], original: Mapping[str, Any], path: str) -> d
         if not isinstance(options, Mapping):
             continue
         if name == "router" or "__" in str(name) or "." in str(name):
-            raise ConfigError(f"{path}.{name}: expected another name; 'router', '__' and '.' have a meaning in tensor names.")
+            raise ConfigError(
+                f"{path}.{name}: expected another name; 'router', '__' and '.' have a meaning in "
+                "tensor names."
+            )
         kind = options.get("kind", name)
         known = Experts.of_kind(kind, f"{path}.{name}").options()
         used |= known & shared.keys()
-        banks[name] = Experts.parse({k: v for k, v in shared.items() if k in known} | {**options, "kind": kind}, f"{path}.{name}")
+        banks[name] = Experts.parse(
+            {k: v for k, v in shared.items() if k in known} | {**options, "kind": kind}, f"{path}.{name}"
+        )
     for key in shared.keys() - used:
         known = set().union(*(b.options() for b in banks.values())) or {"kind"}
         raise ConfigError(f"unknown key '{path}.{key}' (value {shared[key]!r}).{nearest(key, known)}")
     if not banks:
-        raise ConfigError(f"{path}={dict(data)!r}: expected a bank with 'kind', one of {', '.join(sorted(Experts.kinds()))}.")
-    order = {place: i for i, place in enumerate(PLACES)}  # not the mapping's own order: a saved config sorts its keys
-    return dict(sorted(banks.items(), key=lambda item: (order[getattr(item[1], "targets", (item[1].place,))[0]], item[0])))
+        raise ConfigError(
+            f"{path}={dict(data)!r}: expected a bank with 'kind', one of "
+            f"{', '.join(sorted(Experts.kinds()))}."
+        )
+    order = {
+        place: i for i, place in enumerate(PLACES)
+    }  # not the mapping's own order: a saved config sorts its keys
+    return dict(
+        sorted(
+            banks.items(), key=lambda item: (order[getattr(item[1], "targets", (item[1].place,))[0]], item[0])
+        )
+    )
 
 
 def _check_places(mixture: Mixture, path: str) -> None:
     for name, bank in mixture.banks.items():
-        allowed = {"linear": ("linear",), "ffn": ("ffn",), "block": ("linear", "ffn", "attention")}[mixture.site]
+        allowed = {"linear": ("linear",), "ffn": ("ffn",), "block": ("linear", "ffn", "attention")}[
+            mixture.site
+        ]
         if bank.place not in allowed:
             fits = sorted(k for k, c in Experts.kinds().items() if c.place in allowed)
             raise ConfigError(
-                f"{path}.experts.{name}: {bank.kind} sits at '{bank.place}', but site={mixture.site} takes {', '.join(fits)}."
+                f"{path}.experts.{name}: {bank.kind} sits at '{bank.place}', but site={mixture.site} "
+                f"takes {', '.join(fits)}."
             )
     if mixture.site == "linear" and len(mixture.banks) > 1:
-        raise ConfigError(f"{path}.experts={sorted(mixture.banks)}: expected one bank, since a linear site has one.")
+        raise ConfigError(
+            f"{path}.experts={sorted(mixture.banks)}: expected one bank, since a linear site has one."
+        )
     if mixture.site == "linear" and mixture.gates != "expert":
         raise ConfigError(f"{path}.gates={mixture.gates!r}: expected 'expert' at a linear site.")
     replacing = [n for n, b in mixture.banks.items() if getattr(b, "replaces", False)]
     if replacing and mixture.site == "block":
-        raise ConfigError(f"{path}.experts.{replacing[0]}: expected site=ffn, since these experts run the whole block.")
+        raise ConfigError(
+            f"{path}.experts.{replacing[0]}: expected site=ffn, since these experts run the whole block."
+        )
     if isinstance(mixture.gates, dict):
         for bank, gate in mixture.gates.items():
             for value in (bank, gate):
                 if value not in mixture.banks:
-                    raise ConfigError(f"{path}.gates={mixture.gates!r}: no bank {value!r}.{nearest(value, mixture.banks)}")
+                    raise ConfigError(
+                        f"{path}.gates={mixture.gates!r}: no bank {value!r}.{nearest(value, mixture.banks)}"
+                    )
 
 
 def _check_peft(mixture: Mixture, path: str) -> None:
@@ -325,7 +405,10 @@ def _check_peft(mixture: Mixture, path: str) -> None:
     if bank.kind != "lora" or bank.n != 1 or mixture.routed or len(mixture.banks) > 1:
         got = {name: f"{b.kind} n={b.n}" for name, b in mixture.banks.items()}
         raise ConfigError(
-            f"{path}.experts={got}, {path}.router.kind={mixture.router.kind}: tuner=peft takes one lora with n=1 and no router."
+            f"{path}.experts={got}, {path}.router.kind={mixture.router.kind}: tuner=peft takes one "
+            "lora with n=1 and no router."
         )
     if not isinstance(bank.r, int):
-        raise ConfigError(f"{path}.experts.r={list(bank.r)}: expected one whole number, since tuner=peft has one expert.")
+        raise ConfigError(
+            f"{path}.experts.r={list(bank.r)}: expected one whole number, since tuner=peft has one expert."
+        )

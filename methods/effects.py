@@ -1,12 +1,16 @@
-"""What each expert of a routed place does, all experts on the same tokens, those too that the router did not select.
+"""What each expert of a routed place does, all experts on the same tokens, those too that the router did not
+select.
 
     with watch(model, ["model.layers.0.q"]) as watched:
         model(**batch, use_cache=False)
-    watched["model.layers.0.q"].low_rank()         # experts on one linear: rank-side outputs and B, no wide tensor
-    watched["model.layers.0.block"].outputs()      # any experts: the place is run again with one expert alone, weight 1
+    watched["model.layers.0.q"].low_rank()         # experts on one linear: rank-side outputs and B, no wide
+                                                   tensor
+    watched["model.layers.0.block"].outputs()      # any experts: the place is run again with one expert
+                                                   alone, weight 1
     watched["model.layers.0.block"].removed()      # ... and with one expert left out
 
-Shapes: B sequences, L positions, T = B L tokens, E router outputs, R rank rows, d width of what the place gives.
+Shapes: B sequences, L positions, T = B L tokens, E router outputs, R rank rows, d width of what the place
+gives.
 """
 
 from __future__ import annotations
@@ -42,13 +46,15 @@ class Watched:
 
     @torch.no_grad()
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """(p [E, T, R], B [d, R]) of experts on a linear: `p_e B^T` is what expert e adds, alone, with weight 1. Scales are in p."""
+        """(p [E, T, R], B [d, R]) of experts on a linear: `p_e B^T` is what expert e adds, alone, with weight
+        1. Scales are in p."""
         (view,) = self.site.banks
         return _alone(self.site, self.read.flatten(0, -2).to(view.A.dtype) @ view.A.T), view.B
 
     @torch.no_grad()
     def outputs(self) -> Tensor:
-        """[E, T, d]: what the place gives with expert e alone and weight 1, minus what the frozen model gives there.
+        """[E, T, d]: what the place gives with expert e alone and weight 1, minus what the frozen model gives
+        there.
 
         At a block the frozen side is the layer with all weights 0, since it may hold other mixtures.
         """
@@ -59,23 +65,32 @@ class Watched:
                 frozen = _hidden(self.site.module.base_layer(*self.args, **self.kwargs))
 
         def alone(e: int) -> Tensor:
-            return self.run(lambda r: one_hot(torch.full_like(r.weights[:, 0], e, dtype=torch.long), r.weights.shape[1]))
+            return self.run(
+                lambda r: one_hot(torch.full_like(r.weights[:, 0], e, dtype=torch.long), r.weights.shape[1])
+            )
 
         return torch.stack([(alone(e) - frozen).flatten(0, -2) for e in range(len(self.site.experts))])
 
     @torch.no_grad()
     def removed(self) -> Tensor:
-        """[E, T, d]: what the place gives as routed, minus what it gives with expert e's weight at 0. 0 where e was not selected."""
+        """[E, T, d]: what the place gives as routed, minus what it gives with expert e's weight at 0. 0 where
+        e was not selected."""
         whole = self.run(lambda r: r)
 
         def without(e: int) -> Tensor:
-            return self.run(lambda r: weighted(r, r.weights * (torch.arange(r.weights.shape[1], device=r.weights.device) != e)))
+            return self.run(
+                lambda r: weighted(
+                    r, r.weights * (torch.arange(r.weights.shape[1], device=r.weights.device) != e)
+                )
+            )
 
         return torch.stack([(whole - without(e)).flatten(0, -2) for e in range(len(self.site.experts))])
 
     def run(self, change: Change) -> Tensor:
         """Output [B, L, d] of the place with the router's decision replaced, all else as in the pass."""
-        context = replace(self.context, recorder=None, gates={}, seen=set(), shared={}, changes={self.site.name: change})
+        context = replace(
+            self.context, recorder=None, gates={}, seen=set(), shared={}, changes={self.site.name: change}
+        )
         if self.site.kind == "block":
             return _hidden(self.site.module(*self.args, **(self.kwargs | {"mixture_context": context})))
         with _gathered(self.site), self.site.layer.within(context):
@@ -88,8 +103,11 @@ def weighted(routing: Routing, weights: Tensor) -> Routing:
 
 
 def can_run(site: Site) -> bool:
-    """Whether `outputs` tells experts apart from the frozen model: not at a block whose experts replace a part of it."""
-    return site.router is not None and not (site.kind == "block" and any(getattr(view.part, "replaces", False) for view in site.banks))
+    """Whether `outputs` tells experts apart from the frozen model: not at a block whose experts replace a
+    part of it."""
+    return site.router is not None and not (
+        site.kind == "block" and any(getattr(view.part, "replaces", False) for view in site.banks)
+    )
 
 
 def has_low_rank(site: Site) -> bool:
@@ -99,7 +117,8 @@ def has_low_rank(site: Site) -> bool:
 
 @torch.no_grad()
 def low_rank_pairs(site: Site) -> list[tuple[Tensor, Tensor]]:
-    """(A_e [r, d_in], B_e [d, r]) of each expert of a bank on one linear, scale included: it adds `B_e A_e x` at weight 1."""
+    """(A_e [r, d_in], B_e [d, r]) of each expert of a bank on one linear, scale included: it adds `B_e A_e x`
+    at weight 1."""
     (view,) = site.banks
     rank_side = _alone(site, torch.eye(len(view.A), dtype=view.A.dtype, device=view.A.device))  # [E, rows, R]
     found = []
@@ -110,7 +129,8 @@ def low_rank_pairs(site: Site) -> list[tuple[Tensor, Tensor]]:
 
 
 def _alone(site: Site, s: Tensor) -> Tensor:
-    """Rank-side outputs [E, T, R] of each expert alone, weight 1, for projections s [T, rows]: the bank's own mixture of one expert.
+    """Rank-side outputs [E, T, R] of each expert alone, weight 1, for projections s [T, rows]: the bank's own
+    mixture of one expert.
 
     A bank mixes projections linearly (`LinearExperts.mix`); what it gives without any expert is taken off.
     """
@@ -123,7 +143,8 @@ def _alone(site: Site, s: Tensor) -> Tensor:
 
 @contextmanager
 def watch(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, Watched]]:
-    """Keeps how the routed places `names` of a PeftModel are called by the pass inside (the last one, where there are several)."""
+    """Keeps how the routed places `names` of a PeftModel are called by the pass inside (the last one, where
+    there are several)."""
     watched: dict[str, Watched] = {}
     handles = [h for site in model.base_model.sites() if site.name in names for h in _hooks(site, watched)]
     try:
@@ -149,7 +170,8 @@ def _hooks(site: Site, watched: dict[str, Watched]) -> Iterator[Any]:
 
 @contextmanager
 def _gathered(site: Site) -> Iterator[None]:
-    """The weights of a layer that FSDP has split, whole inside: it gathers them when the layer runs, and here only a part of it does."""
+    """The weights of a layer that FSDP has split, whole inside: it gathers them when the layer runs, and here
+    only a part of it does."""
     layer = site.layer.layer.module
     if not hasattr(layer, "unshard"):
         yield

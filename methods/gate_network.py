@@ -17,8 +17,8 @@ F = Lazy("torch.nn.functional")
 class GateNetwork(Router):
     """Base of MoA's routers: E independent scores R(u).
 
-    net=linear: `R(u) = W u + b`. net=swiglu: `R(u) = W2 (silu(W1 u + b1) * (W3 u + b3)) + b2` with hidden width `width * E`, biases
-    starting at 0.
+    net=linear: `R(u) = W u + b`. net=swiglu: `R(u) = W2 (silu(W1 u + b1) * (W3 u + b3)) + b2` with hidden
+    width `width * E`, biases starting at 0.
     """
 
     net: Literal["linear", "swiglu"] = "linear"

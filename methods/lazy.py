@@ -1,4 +1,5 @@
-"""A stand-in for a heavy module that is imported at its first use, so that options are validated without it."""
+"""A stand-in for a heavy module that is imported at its first use, so that options are validated without
+it."""
 
 from __future__ import annotations
 

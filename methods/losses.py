@@ -23,8 +23,9 @@ else:
 class Loss(Part):
     """Base of the auxiliary losses. coef multiplies the value before it is added to the task loss.
 
-    scope: `site` computes the loss for each router, then `reduce`s over routers by sum or mean; `model` computes one loss from the
-    tokens of all routers together. Published coefficients mean different things, so both belong to a method.
+    scope: `site` computes the loss for each router, then `reduce`s over routers by sum or mean; `model`
+    computes one loss from the tokens of all routers together. Published coefficients mean different things,
+    so both belong to a method.
     """
 
     coef: NonNegative = 0.0
@@ -57,8 +58,8 @@ def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 class SwitchBalance(Loss):
     """`L = E sum_i f_i P_i`, f_i = assignments to i a token, P_i = mean p_i (arXiv 2101.03961, eq. 4-6).
 
-    With k experts a token, uniform routing gives L = k. values=shifted puts AdaMoLE's `p - tau` in place of p, as its code does.
-    Gradient flows through P alone.
+    With k experts a token, uniform routing gives L = k. values=shifted puts AdaMoLE's `p - tau` in place of
+    p, as its code does. Gradient flows through P alone.
     """
 
     kind = "switch_balance"
@@ -92,5 +93,7 @@ class ZLoss(Loss):
         return "logits"
 
     def per_site(self, routings):
-        values = torch.cat([token_mean(r.logits.logsumexp(-1, keepdim=True).square(), r.mask)[:, 0] for r in routings])
+        values = torch.cat(
+            [token_mean(r.logits.logsumexp(-1, keepdim=True).square(), r.mask)[:, 0] for r in routings]
+        )
         return values.mean(0, keepdim=True) if self.scope == "model" else values

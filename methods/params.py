@@ -38,7 +38,8 @@ class Param:
 
 
 def linear_default(out: int, fan_in: int) -> Param:
-    """Weight [out, fan_in] as torch.nn.Linear draws it: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) = Kaiming-uniform with a = sqrt 5."""
+    """Weight [out, fan_in] as torch.nn.Linear draws it: U(-1/sqrt(fan_in), 1/sqrt(fan_in)) = Kaiming-uniform
+    with a = sqrt 5."""
     return Param((out, fan_in), "uniform", fan_in**-0.5)
 
 

@@ -1,4 +1,5 @@
-"""What a forward pass through somebody else's model cannot return: routings and auxiliary losses, collected only while asked for."""
+"""What a forward pass through somebody else's model cannot return: routings and auxiliary losses, collected
+only while asked for."""
 
 from __future__ import annotations
 
@@ -15,13 +16,14 @@ from .routing import Routing
 
 @dataclass
 class Context:
-    """Facts about one forward pass that its routers need; travels with the pass as a keyword argument of the decoder layers, so that
-    a layer recomputed under gradient checkpointing meets the same context.
+    """Facts about one forward pass that its routers need; travels with the pass as a keyword argument of the
+    decoder layers, so that a layer recomputed under gradient checkpointing meets the same context.
 
-    mask, prompt [B, L] bool: real tokens, prompt tokens (None: all). gates: decisions of sequence routers made at the prefill, kept
-    beside the KV cache. continues: the pass goes on from a cache. shape: (B, L). input_ids [B, L] int64 and skill_ids [B] int64 are
-    facts of the batch, None where they were not given; skill_ids only where a router reads them. shared: decisions [B L, E] that
-    all sites of this pass share. changes: by site name, what turns its router's decision into that which its experts are given
+    mask, prompt [B, L] bool: real tokens, prompt tokens (None: all). gates: decisions of sequence routers
+    made at the prefill, kept beside the KV cache. continues: the pass goes on from a cache. shape: (B, L).
+    input_ids [B, L] int64 and skill_ids [B] int64 are facts of the batch, None where they were not given;
+    skill_ids only where a router reads them. shared: decisions [B L, E] that all sites of this pass share.
+    changes: by site name, what turns its router's decision into that which its experts are given
     (effects.py); the recorder sees what the router decided.
     """
 
@@ -39,7 +41,8 @@ class Context:
 
     @property
     def prompt_tokens(self) -> Tensor | None:
-        """[B, L] bool, the real prompt tokens; a sequence without any is judged by its first real token. None: every token is one."""
+        """[B, L] bool, the real prompt tokens; a sequence without any is judged by its first real token.
+        None: every token is one."""
         if self.mask is None and self.prompt is None:
             return None
         real = self.mask if self.mask is not None else torch.ones_like(self.prompt)
@@ -48,7 +51,8 @@ class Context:
         return prompt | (first & ~prompt.any(1, keepdim=True))
 
     def record(self, sites: tuple[str, ...], routing: Routing, losses: dict[str, Loss]) -> None:
-        """Hand the routing [T, G, E] of G sites to the open recorder, once a pass however often the layer runs."""
+        """Hand the routing [T, G, E] of G sites to the open recorder, once a pass however often the layer
+        runs."""
         if self.recorder is None or sites in self.seen:
             return
         self.seen.add(sites)
@@ -76,7 +80,8 @@ class Recorder:
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """Auxiliary losses by kind, each already multiplied by its coefficient; kinds whose coefficient is 0 are left out."""
+        """Auxiliary losses by kind, each already multiplied by its coefficient; kinds whose coefficient is 0
+        are left out."""
         groups: dict[tuple[str, Loss], list[Routing]] = {}
         for _, routing, losses in self.entries:
             for kind, loss in losses.items():
@@ -92,15 +97,25 @@ def _join(routings: list[Routing]) -> Routing:
     if len(routings) == 1:
         return routings[0]
     first = routings[0]
-    masks = [r.mask if r.mask is not None else torch.ones(r.weights.shape[0], dtype=torch.bool) for r in routings]
+    masks = [
+        r.mask if r.mask is not None else torch.ones(r.weights.shape[0], dtype=torch.bool) for r in routings
+    ]
     joined = {
         name: torch.cat([getattr(r, name) for r in routings])
         for name in ("weights", "chosen", "probs", "logits", "ids")
         if getattr(first, name) is not None
     }
-    mask = None if all(r.mask is None for r in routings) else torch.cat([m.to(first.weights.device) for m in masks])
+    mask = (
+        None
+        if all(r.mask is None for r in routings)
+        else torch.cat([m.to(first.weights.device) for m in masks])
+    )
     extras = {k: torch.cat([r.extras[k] for r in routings]) for k in first.extras}
-    stats = None if any(r.stats is None for r in routings) else {k: sum(r.stats[k] for r in routings) for k in first.stats}
+    stats = (
+        None
+        if any(r.stats is None for r in routings)
+        else {k: sum(r.stats[k] for r in routings) for k in first.stats}
+    )
     return replace(first, **joined, mask=mask, extras=extras, stats=stats)
 
 

@@ -1,7 +1,9 @@
-"""The family of routers. A router is options plus equations; its tensors are declared by `params` and handed back as `p`.
+"""The family of routers. A router is options plus equations; its tensors are declared by `params` and handed
+back as `p`.
 
-Shapes: T rows (tokens, or sequences for granularity=sequence), G sites that share one input (q, k, v), D width, E experts, H heads
-(rows of the router's linear map: E, or E + 1 where a threshold is read from the same input).
+Shapes: T rows (tokens, or sequences for granularity=sequence), G sites that share one input (q, k, v), D
+width, E experts, H heads (rows of the router's linear map: E, or E + 1 where a threshold is read from the
+same input).
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ fused = Lazy("moabench.kernels.route")
 class Router(Part):
     """Base of all routers.
 
-    granularity: `token`, or `sequence` for one decision a sequence (arXiv 2506.05928, instance-level), made from a pooled input:
-    pool: `prompt_mean` (mean over real prompt tokens; the same in training and generation), `last_prompt` (last prompt token), or
-    `official_mean` (all positions, padding and answer included, as the MoA code trains: not causal, refused with a KV cache).
+    granularity: `token`, or `sequence` for one decision a sequence (arXiv 2506.05928, instance-level), made
+    from a pooled input: pool: `prompt_mean` (mean over real prompt tokens; the same in training and
+    generation), `last_prompt` (last prompt token), or `official_mean` (all positions, padding and answer
+    included, as the MoA code trains: not causal, refused with a KV cache).
     """
 
     folder: ClassVar[str] = "moabench.methods.routers"
@@ -50,7 +53,8 @@ class Router(Part):
         raise NotImplementedError
 
     def scores(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Router outputs [T, H] of the fp32 input x [T, D]. Routers that are one linear map define `heads` instead."""
+        """Router outputs [T, H] of the fp32 input x [T, D]. Routers that are one linear map define `heads`
+        instead."""
         raise NotImplementedError
 
     def route(self, scores: Tensor, training: bool) -> Routing:
@@ -59,20 +63,27 @@ class Router(Part):
 
     @property
     def rule(self) -> Rule | None:
-        """`route` as data, by which one kernel does it; None where it is no `moabench.kernels.route.Rule`, and `route` always runs."""
+        """`route` as data, by which one kernel does it; None where it is no `moabench.kernels.route.Rule`,
+        and `route` always runs."""
         return None
 
 
-def decide(router: Router, scores: Tensor, training: bool, mask: Tensor | None = None, stats: bool = False) -> Routing:
-    """The decision for scores [T, H] or [T, G, H]: `router.route`, or where Triton runs the kernel of its rule.
+def decide(
+    router: Router, scores: Tensor, training: bool, mask: Tensor | None = None, stats: bool = False
+) -> Routing:
+    """The decision for scores [T, H] or [T, G, H]: `router.route`, or where Triton runs the kernel of its
+    rule.
 
-    stats: with the expert load over the tokens that mask [T] calls real, as `Routing.stats`; the kernel has it for nothing.
+    stats: with the expert load over the tokens that mask [T] calls real, as `Routing.stats`; the kernel has
+    it for nothing.
     """
     rule = router.rule
     if rule is None or not backend.triton_for(scores):
         routing = router.route(scores, training)
         if stats:
-            routing.stats = fused.statistics(routing.weights, routing.chosen, routing.probs, routing.logits, mask)
+            routing.stats = fused.statistics(
+                routing.weights, routing.chosen, routing.probs, routing.logits, mask
+            )
         return routing
     made = fused.decide(scores, rule, mask, stats)
     extras = {} if made.tau is None else {"tau": made.tau}
@@ -84,15 +95,19 @@ def decide(router: Router, scores: Tensor, training: bool, mask: Tensor | None =
 class LinearRouter(Router):
     """Base of routers whose scores are one linear map of the input, `z = W x (+ b)`.
 
-    The maps of all sites that read the same input are computed by one GEMM. bias: give each expert's score a bias. init_std: draw W
-    from N(0, init_std^2); null draws it like torch.nn.Linear.
+    The maps of all sites that read the same input are computed by one GEMM. bias: give each expert's score a
+    bias. init_std: draw W from N(0, init_std^2); null draws it like torch.nn.Linear.
     """
 
     bias: bool = False
     init_std: NonNegative | None = None
 
     def params(self, d: int, experts: int) -> dict[str, Param]:
-        weight = linear_default(experts, d) if self.init_std is None else Param((experts, d), "normal", self.init_std)
+        weight = (
+            linear_default(experts, d)
+            if self.init_std is None
+            else Param((experts, d), "normal", self.init_std)
+        )
         return {"weight": weight} | ({"bias": bias_default(experts, d)} if self.bias else {})
 
     def heads(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -102,9 +117,11 @@ class LinearRouter(Router):
 
 @dataclass(frozen=True)
 class FactRouter(Router):
-    """Base of routers that decide from facts about the batch (the true skills, the token ids) and never see a hidden state.
+    """Base of routers that decide from facts about the batch (the true skills, the token ids) and never see a
+    hidden state.
 
-    They own no tensor. A pass has one decision, shared by all its sites; what is decided for a sequence is kept beside the KV cache.
+    They own no tensor. A pass has one decision, shared by all its sites; what is decided for a sequence is
+    kept beside the KV cache.
     """
 
     gives = ()
@@ -115,7 +132,8 @@ class FactRouter(Router):
         return {}
 
     def decide(self, context: Context, experts: int) -> Routing | None:
-        """The decision for each sequence, [B, experts]; None where this pass lacks the fact and the one kept with the cache holds."""
+        """The decision for each sequence, [B, experts]; None where this pass lacks the fact and the one kept
+        with the cache holds."""
         raise NotImplementedError
 
     def spread(self, kept: Routing, context: Context) -> Routing:

@@ -23,13 +23,15 @@ class Routing:
 
     weights [T, E]   fp32, what multiplies each expert; 0 where not selected
     chosen  [T, E]   bool, the experts a sparse router selected; None for a soft router, which selects all
-    probs   [T, E]   fp32 scores before selection (softmax probabilities or sigmoid gates); None where there are none
+    probs   [T, E]   fp32 scores before selection (softmax probabilities or sigmoid gates); None where there
+            are none
     logits  [T, E]   fp32 router outputs; None where there are none
     ids     [T, K]   selected experts in order of score where every token selects exactly K; None otherwise
-    mask    [T]      bool, real tokens; padding belongs to no load, loss or measure; None where every token is real
+    mask    [T]      bool, real tokens; padding belongs to no load, loss or measure; None where every token is
+            real
     extras           further tensors of one router by name, e.g. AdaMoLE's threshold `tau` [T, 1]
-    stats            sums over real tokens by name, [G, E] and [G] for the G sites decided together (moabench.kernels.route: SUMS,
-                     TOTALS); None where they were not asked for
+    stats            sums over real tokens by name, [G, E] and [G] for the G sites decided together
+                     (moabench.kernels.route: SUMS, TOTALS); None where they were not asked for
     """
 
     weights: Tensor
@@ -54,8 +56,13 @@ class Routing:
         return torch.ones_like(self.weights, dtype=torch.bool) if self.chosen is None else self.chosen
 
     def map(self, f) -> Routing:
-        """The same routing with `f` applied to every tensor that has one row a token, the mask excepted. `stats` stay as they are."""
-        tensors = {k: f(v) for k in ("weights", "chosen", "probs", "logits", "ids") if (v := getattr(self, k)) is not None}
+        """The same routing with `f` applied to every tensor that has one row a token, the mask excepted.
+        `stats` stay as they are."""
+        tensors = {
+            k: f(v)
+            for k in ("weights", "chosen", "probs", "logits", "ids")
+            if (v := getattr(self, k)) is not None
+        }
         return replace(self, **tensors, extras={k: f(v) for k, v in self.extras.items()})
 
     def at_site(self, g: int) -> Routing:

@@ -1,8 +1,9 @@
 """Specs: plain data in, validated parts out. Imports no torch, so that a bad config answers at once.
 
-A part (a router, a bank of experts, a loss) is a frozen dataclass: its fields are its options, its methods its equations, and its
-tensors are declared, not owned. `build` turns a mapping into such a dataclass and refuses what does not fit with one error that names
-the key, the value, what was expected and the nearest valid name. The same function validates every other config of the project.
+A part (a router, a bank of experts, a loss) is a frozen dataclass: its fields are its options, its methods
+its equations, and its tensors are declared, not owned. `build` turns a mapping into such a dataclass and
+refuses what does not fit with one error that names the key, the value, what was expected and the nearest
+valid name. The same function validates every other config of the project.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import Any, ClassVar, Literal
 
 
 class ConfigError(ValueError):
-    """A config value that cannot be used. The message names key, value, expectation and, where one is near, the valid name."""
+    """A config value that cannot be used. The message names key, value, expectation and, where one is near,
+    the valid name."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """' Did you mean 'x'?' for the valid name closest to `name`, or the list of valid names where none is close."""
+    """' Did you mean 'x'?' for the valid name closest to `name`, or the list of valid names where none is
+    close."""
     valid = sorted(map(str, valid))
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else f" Valid: {', '.join(valid)}." if valid else ""
@@ -41,7 +44,9 @@ class Bound:
 
     def __str__(self) -> str:
         signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-        return " and ".join(f"{sign} {getattr(self, k):g}" for k, sign in signs.items() if getattr(self, k) is not None)
+        return " and ".join(
+            f"{sign} {getattr(self, k):g}" for k, sign in signs.items() if getattr(self, k) is not None
+        )
 
     def holds(self, value: float) -> bool:
         return (
@@ -59,16 +64,20 @@ Share = typing.Annotated[float, Bound(ge=0, lt=1)]
 
 
 def build(cls: type, data: Mapping[str, Any], path: str = "") -> Any:
-    """Instance of the dataclass `cls` from `data`; `path` is the dotted key under which the user knows `data`.
+    """Instance of the dataclass `cls` from `data`; `path` is the dotted key under which the user knows
+    `data`.
 
-    Raises ConfigError for unknown or missing keys, wrong types, values out of range, and what `cls.__post_init__` refuses.
+    Raises ConfigError for unknown or missing keys, wrong types, values out of range, and what
+    `cls.__post_init__` refuses.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path or cls.__name__}: expected a mapping of options, got {data!r}.")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in data:
         if key not in fields:
-            raise ConfigError(f"unknown key '{_join(path, key)}' (value {data[key]!r}).{nearest(key, fields)}")
+            raise ConfigError(
+                f"unknown key '{_join(path, key)}' (value {data[key]!r}).{nearest(key, fields)}"
+            )
     for name, f in fields.items():
         if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"missing key '{_join(path, name)}': expected {_describe(_hints(cls)[name])}.")
@@ -99,7 +108,9 @@ def _describe(hint: Any) -> str:
         return f"a list of {_describe(args[0])}"
     if hint is type(None):
         return "null"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
+        hint, getattr(hint, "__name__", str(hint))
+    )
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
@@ -115,7 +126,11 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         return number
     if origin is Literal:
         if value not in args:
-            near = nearest(value, args) if isinstance(value, str) and all(isinstance(a, str) for a in args) else ""
+            near = (
+                nearest(value, args)
+                if isinstance(value, str) and all(isinstance(a, str) for a in args)
+                else ""
+            )
             raise ConfigError(f"{wrong}{near if 'mean' in near else ''}")
         return value
     if origin in (typing.Union, types.UnionType):
@@ -154,9 +169,11 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
 
 
 class Part:
-    """Base of the kinds that a spec names by `kind`. A subclass with a `kind` registers itself under its family.
+    """Base of the kinds that a spec names by `kind`. A subclass with a `kind` registers itself under its
+    family.
 
-    A family (Router, Experts, Loss) is a direct subclass; the files of the folder named by `folder` are its members.
+    A family (Router, Experts, Loss) is a direct subclass; the files of the folder named by `folder` are its
+    members.
     """
 
     kind: ClassVar[str]
@@ -191,7 +208,9 @@ class Part:
     def parse(cls, data: Mapping[str, Any], path: str) -> Any:
         """Part from `{"kind": ..., option: value, ...}`."""
         if not isinstance(data, Mapping) or "kind" not in data:
-            raise ConfigError(f"{path}={data!r}: expected a mapping with 'kind', one of {', '.join(sorted(cls.kinds()))}.")
+            raise ConfigError(
+                f"{path}={data!r}: expected a mapping with 'kind', one of {', '.join(sorted(cls.kinds()))}."
+            )
         return build(cls.of_kind(data["kind"], path), {k: v for k, v in data.items() if k != "kind"}, path)
 
     @classmethod
@@ -200,10 +219,13 @@ class Part:
         return {f.name for f in dataclasses.fields(cls) if f.init}
 
 
-def drop_stale(data: dict[str, Any], original: Mapping[str, Any], family: type[Part], path: str) -> dict[str, Any]:
+def drop_stale(
+    data: dict[str, Any], original: Mapping[str, Any], family: type[Part], path: str
+) -> dict[str, Any]:
     """`data` without the options that `original` had set for another kind and the present kind does not know.
 
-    With it `router.kind=topk` alone turns an AdaMoLE into a top-k mixture, and a mistyped option is still an error.
+    With it `router.kind=topk` alone turns an AdaMoLE into a top-k mixture, and a mistyped option is still an
+    error.
     """
     kind = data.get("kind")
     if kind is None or kind == original.get("kind"):

@@ -1,4 +1,5 @@
-"""Shared by all tests: one thread, a tiny random Llama and its tokenizer built in memory, the folder of real data."""
+"""Shared by all tests: one thread, a tiny random Llama and its tokenizer built in memory, the folder of real
+data."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels run in its interpreter; read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # Triton kernels run in its interpreter; read when Triton is imported
+    )
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is unset
 
 DATASETS = Path(__file__).resolve().parents[2] / "shared" / "datasets"
@@ -39,7 +42,9 @@ def tokenizer():
         "Which animal eats grass and gives milk?",
         "The red fox sleeps.",
     ]
-    bpe.train_from_iterator(text * 3, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        text * 3, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 

@@ -1,4 +1,5 @@
-"""No run sees the checkout's root as a place of modules: `kernels/` there is none of Hugging Face's `kernels`, however Python is started.
+"""No run sees the checkout's root as a place of modules: `kernels/` there is none of Hugging Face's
+`kernels`, however Python is started.
 
 Run: python -m pytest tests/test_import.py
 """
@@ -58,9 +59,17 @@ def installed(request, tmp_path) -> Path | None:
 def test_kernels_is_the_real_package_or_none(way, installed, tmp_path):
     if way == "a worker":
         pytest.importorskip("joblib")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "REPORT": str(tmp_path / "report"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(tmp_path),
+        "REPORT": str(tmp_path / "report"),
+        "OMP_NUM_THREADS": "1",
+    }
     cwd = tmp_path if way.endswith("elsewhere") else REPOSITORY
-    done = subprocess.run([sys.executable, *WAYS[way]], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *WAYS[way]], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    ours = [line.split()[1] for line in (tmp_path / "report").read_text().splitlines() if line.startswith("True")]
+    ours = [
+        line.split()[1] for line in (tmp_path / "report").read_text().splitlines() if line.startswith("True")
+    ]
     assert ours and set(ours) == {str(installed)}

@@ -33,7 +33,9 @@ def test_the_wheel_is_complete(wheel):
         f"moabench/{path.relative_to(REPOSITORY).as_posix()}"
         for folder in FOLDERS
         for path in (REPOSITORY / folder).rglob("*")
-        if path.suffix in DATA and "__pycache__" not in path.parts and not any(part.startswith(".") for part in path.parts[-3:])
+        if path.suffix in DATA
+        and "__pycache__" not in path.parts
+        and not any(part.startswith(".") for part in path.parts[-3:])
     }
     assert len(wanted) > 50
     assert wanted - wheel == set()
@@ -45,5 +47,6 @@ def test_the_wheel_holds_nothing_else(wheel):
 
 
 def test_kernels_is_no_regular_package():
-    """transformers looks for the package `kernels` of Hugging Face; a regular package of ours in the working directory would shadow it."""
+    """transformers looks for the package `kernels` of Hugging Face; a regular package of ours in the working
+    directory would shadow it."""
     assert not (REPOSITORY / "kernels" / "__init__.py").exists()

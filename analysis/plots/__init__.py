@@ -1,8 +1,10 @@
-"""Plots of a problem: `figures(problem)` gives every one that its runs have data for, `save` writes them as files.
+"""Plots of a problem: `figures(problem)` gives every one that its runs have data for, `save` writes them as
+files.
 
-Each is a function of tables that returns a matplotlib `Figure`; nothing here touches pyplot's state, so a notebook may show them, a
-report embed them, and a server draw them. Colours are those of Okabe and Ito, told apart by the colour-blind, with a marker and a
-dash of their own for print in grey; heat maps use cividis, whose lightness grows evenly.
+Each is a function of tables that returns a matplotlib `Figure`; nothing here touches pyplot's state, so a
+notebook may show them, a report embed them, and a server draw them. Colours are those of Okabe and Ito, told
+apart by the colour-blind, with a marker and a dash of their own for print in grey; heat maps use cividis,
+whose lightness grows evenly.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ __all__ = ["Plot", "figures", "save", "token_plots"]
 
 def figures(problem: Problem) -> list[Plot]:
     """Every plot of the problem; those without data are left out."""
-    makers = (pareto.cost, curves.learning, curves.load, curves.collapse, routing.load_maps, routing.coactivation, routing.specialisation)
+    makers = (
+        pareto.cost,
+        curves.learning,
+        curves.load,
+        curves.collapse,
+        routing.load_maps,
+        routing.coactivation,
+        routing.specialisation,
+    )
     return [plot for make in makers for plot in make(problem)]
 
 

@@ -1,4 +1,5 @@
-"""What changes while training goes on: losses, expert load and router entropy (history), collapse of experts (probes)."""
+"""What changes while training goes on: losses, expert load and router entropy (history), collapse of experts
+(probes)."""
 
 from __future__ import annotations
 
@@ -29,8 +30,10 @@ BAND = "Lines: mean over seeds; bands: lowest to highest seed."
 def learning(problem: Problem) -> list[Plot]:
     """Training loss of the task."""
     return _curves(
-        problem, problem.study.history, {"loss/task": "training loss, nats a token"}, "learning", "Learning curves",
-        f"Loss on the answers of the training rows, mean of the steps since the last logged one. {BAND}", "log",
+        problem, problem.study.history, {"loss/task": "training loss, nats a token"}, "learning",
+        "Learning curves",
+        "Loss on the answers of the training rows, mean of the steps since the last logged "
+            f"one. {BAND}", "log",
     )  # fmt: skip
 
 
@@ -38,7 +41,8 @@ def load(problem: Problem) -> list[Plot]:
     """Evenness of the load, its worst expert, and how decided the router is."""
     return _curves(
         problem, problem.study.history, LOAD, "load", "Load and router entropy over training",
-        f"Mean over sites, of the tokens trained on since the last logged step. Router entropy: 1 is undecided, 0 sure of one expert; "
+        "Mean over sites, of the tokens trained on since the last logged step. Router entropy: 1 is "
+            "undecided, 0 sure of one expert; "
         f"gates that do not sum to one are normalised. {BAND}",
     )  # fmt: skip
 
@@ -48,17 +52,30 @@ def collapse(problem: Problem) -> list[Plot]:
     probes = problem.study.probes
     if "measure" not in probes:
         return []
-    wide = probes.pivot_table(index=["run", "step"], columns="measure", values="value", aggfunc="mean").reset_index()
+    wide = probes.pivot_table(
+        index=["run", "step"], columns="measure", values="value", aggfunc="mean"
+    ).reset_index()
     return _curves(
         problem, wide, COLLAPSE, "collapse", "Collapse over training",
-        f"Mean over probed sites, on the same tokens for every entry and seed. High CKA, cosine and overlap: experts are alike. "
+        "Mean over probed sites, on the same tokens for every entry and seed. High CKA, cosine and "
+            "overlap: experts are alike. "
         f"Definitions: README of the analysis. {BAND}",
     )  # fmt: skip
 
 
-def _curves(problem: Problem, table: pd.DataFrame, columns: dict, name: str, title: str, caption: str, scale: str = "linear") -> list[Plot]:
+def _curves(
+    problem: Problem,
+    table: pd.DataFrame,
+    columns: dict,
+    name: str,
+    title: str,
+    caption: str,
+    scale: str = "linear",
+) -> list[Plot]:
     """A panel a column that the table has; entries without values in any of them are left out."""
-    there = {column: label for column, label in columns.items() if column in table and table[column].notna().any()}
+    there = {
+        column: label for column, label in columns.items() if column in table and table[column].notna().any()
+    }
     if not there:
         return []
     table = table[table[list(there)].notna().any(axis=1)]
@@ -66,7 +83,9 @@ def _curves(problem: Problem, table: pd.DataFrame, columns: dict, name: str, tit
     looks = numbers(problem)
     if not entries:
         return []
-    figure, axes = panels(len(there), width=4.8 if len(there) == 1 else 3.2, height=2.5, legend=math.ceil(len(entries) / 4))
+    figure, axes = panels(
+        len(there), width=4.8 if len(there) == 1 else 3.2, height=2.5, legend=math.ceil(len(entries) / 4)
+    )
     with mpl.rc_context(STYLE):
         for axis, (column, label) in zip(axes, there.items(), strict=True):
             for entry in entries:

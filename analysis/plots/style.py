@@ -24,8 +24,10 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)
 PANELS_A_ROW = 3
 
 STYLE = {
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6,
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
     "savefig.dpi": 150, "figure.dpi": 100, "pdf.fonttype": 42, "svg.fonttype": "path",
 }  # fmt: skip
 
@@ -47,10 +49,14 @@ class Plot:
 
 
 def panels(
-    count: int, width: float = 3.3, height: float | Sequence[float] = 2.6, across: int = PANELS_A_ROW, legend: int = 0
+    count: int,
+    width: float = 3.3,
+    height: float | Sequence[float] = 2.6,
+    across: int = PANELS_A_ROW,
+    legend: int = 0,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, `across` in a row, each `width` x `height` inches (of each panel: a row is as tall as its tallest);
-    room below for `legend` rows of a legend."""
+    """A figure with `count` panels, `across` in a row, each `width` x `height` inches (of each panel: a row
+    is as tall as its tallest); room below for `legend` rows of a legend."""
     heights = [height] * count if isinstance(height, int | float) else list(height)
     columns, tall = min(count, across), [max(heights[i : i + across]) for i in range(0, count, across)]
     with mpl.rc_context(STYLE):
@@ -94,9 +100,19 @@ def band(axis: Axes, rows: pd.DataFrame, column: str, number: int, label: str) -
     table = rows.pivot_table(index="step", columns="run", values=column, aggfunc="mean").dropna()
     style = look(number)
     every = max(1, len(table) // 8)
-    axis.plot(table.index, table.mean(axis=1), label=label, markevery=(number % every, every), markersize=4, linewidth=1.4, **style)
+    axis.plot(
+        table.index,
+        table.mean(axis=1),
+        label=label,
+        markevery=(number % every, every),
+        markersize=4,
+        linewidth=1.4,
+        **style,
+    )
     if table.shape[1] > 1:
-        axis.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=style["color"], alpha=0.15, linewidth=0)
+        axis.fill_between(
+            table.index, table.min(axis=1), table.max(axis=1), color=style["color"], alpha=0.15, linewidth=0
+        )
 
 
 def legend_below(figure: Figure, axis: Axes, columns: int = 4) -> None:
@@ -105,11 +121,22 @@ def legend_below(figure: Figure, axis: Axes, columns: int = 4) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
 
 
-def heat(axis: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], limits: tuple[float, float], write: bool) -> Any:
+def heat(
+    axis: Axes,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    limits: tuple[float, float],
+    write: bool,
+) -> Any:
     """A heat map with a cell's value in it where `write`; NaN is left white."""
-    image = axis.imshow(np.ma.masked_invalid(values), cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto")
+    image = axis.imshow(
+        np.ma.masked_invalid(values), cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto"
+    )
     turned = max(map(len, columns), default=0) > 3
-    axis.set_xticks(range(len(columns)), columns, rotation=40 if turned else 0, ha="right" if turned else "center")
+    axis.set_xticks(
+        range(len(columns)), columns, rotation=40 if turned else 0, ha="right" if turned else "center"
+    )
     axis.set_yticks(range(len(rows)), rows)
     axis.grid(False)
     axis.spines[:].set_visible(False)
@@ -147,7 +174,8 @@ def routed(entries: Sequence[Entry], tables: pd.DataFrame) -> list[Entry]:
 
 
 def first_run(entry: Entry, table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """The rows of the entry's first run that has some, and its seed: experts of different seeds have no order in common."""
+    """The rows of the entry's first run that has some, and its seed: experts of different seeds have no order
+    in common."""
     for run, seed in zip(entry.finished["run"], entry.finished["seed"], strict=True):
         if len(rows := table[table["run"] == run]):
             return rows, int(seed)

@@ -15,8 +15,11 @@ from .style import STYLE, Plot, file_name, heat, panels, short_site
 SITES = 3
 
 
-def token_usage(model: Any, tokenizer: Any, text: str, sites: list[str] | None = None, label: str = "") -> Plot:
-    """Weights of the experts (rows) for each token (columns) at the given sites; default: the first, the middle and the last.
+def token_usage(
+    model: Any, tokenizer: Any, text: str, sites: list[str] | None = None, label: str = ""
+) -> Plot:
+    """Weights of the experts (rows) for each token (columns) at the given sites; default: the first, the
+    middle and the last.
 
     Raises ConfigError for a model without routed sites, or a site that it does not have.
     """
@@ -31,7 +34,10 @@ def token_usage(model: Any, tokenizer: Any, text: str, sites: list[str] | None =
     for site in chosen:
         if site not in routing:
             raise ConfigError(f"sites: {site!r} is no routed site.{nearest(site, names)}")
-    tokens = [tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$") for token in batch["input_ids"][0].tolist()]
+    tokens = [
+        tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$")
+        for token in batch["input_ids"][0].tolist()
+    ]
     return _drawn({site: routing[site] for site in chosen}, tokens, label)
 
 
@@ -46,7 +52,9 @@ def of_run(path: str | Path, text: str, label: str = "") -> Plot:
     config = yaml.safe_load((Path(path) / "config.yaml").read_text(encoding="utf-8"))
     cfg = RunConfig.from_composed({**config, "task": config["task"]["eval"]})
     base, tokenizer = load_model(cfg.model, cfg.seed, "cpu")
-    return token_usage(load_adapter(base, Path(path) / "adapter"), tokenizer, text, label=label or cfg.parsed_method.name)
+    return token_usage(
+        load_adapter(base, Path(path) / "adapter"), tokenizer, text, label=label or cfg.parsed_method.name
+    )
 
 
 def _drawn(routing: dict[str, Any], tokens: list[str], label: str) -> Plot:
@@ -54,10 +62,22 @@ def _drawn(routing: dict[str, Any], tokens: list[str], label: str) -> Plot:
     with mpl.rc_context(STYLE):
         for axis, (site, found) in zip(axes, routing.items(), strict=True):
             weights = found.weights.detach().float().cpu().numpy().reshape(-1, found.weights.shape[-1])
-            weights = np.broadcast_to(weights, (len(tokens), weights.shape[1])) if len(weights) == 1 else weights
-            image = heat(axis, weights.T, [str(name) for name in found.experts], tokens, (0, max(1e-6, float(weights.max()))), write=False)
+            weights = (
+                np.broadcast_to(weights, (len(tokens), weights.shape[1])) if len(weights) == 1 else weights
+            )
+            image = heat(
+                axis,
+                weights.T,
+                [str(name) for name in found.experts],
+                tokens,
+                (0, max(1e-6, float(weights.max()))),
+                write=False,
+            )
             axis.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right")
             axis.set_title(f"{label} {short_site(site)}".strip())
             figure.colorbar(image, ax=axis, shrink=0.9, pad=0.01).set_label("weight")
-    caption = f"{label}: weight of each expert for each token of the text, 0 where it is not selected. Each panel has a scale of its own."
+    caption = (
+        f"{label}: weight of each expert for each token of the text, 0 where it is not selected. "
+        "Each panel has a scale of its own."
+    )
     return Plot(f"tokens-{file_name(label)}", f"Experts by token: {label}", caption, figure)

@@ -1,20 +1,22 @@
 """Tasks: each YAML of this folder is one lm-eval task, and the only place for the task's facts.
 
-lm-eval reads the native protocol (templates, metrics, reported split). What several tasks share stands in the two files that they
-include: `_choice.yaml` (compared by log-likelihood) and `_math.yaml` (generated). `metadata` holds what lm-eval has no key for; a key
-that a task does not give is that of the included file:
+lm-eval reads the native protocol (templates, metrics, reported split). What several tasks share stands in the
+two files that they include: `_choice.yaml` (compared by log-likelihood) and `_math.yaml` (generated).
+`metadata` holds what lm-eval has no key for; a key that a task does not give is that of the included file:
 
     version      of the protocol; a change makes old results incomparable
-    kind         what a row must have: choices (choices and label), number (a final answer), letter (choices and the right one's letter)
+    kind         what a row must have: choices (choices and label), number (a final answer), letter (choices
+                 and the right one's letter)
     chance       accuracy of guessing among the choices, 0..1
     blank        the question must have a blank `_`
-    instruction  generate: what is asked, in the words of LLM-Adapters (template with the row's keys and those of `formats.Instruction`)
+    instruction  generate: what is asked, in the words of LLM-Adapters (template with the row's keys and those
+                 of `formats.Instruction`)
     words        generate: how the choices are called, one stem that is numbered from 1 or a list
     extraction   generate: choice_word, number or letter (`extraction.py`)
     tokens       generate: how many at most; builtin_tokens: with data=builtin, whose answers are shorter
     local        folder of the task under data.root
-    hub          public data set: path, name, revision (a commit), reader (`benchmarks/hub.py`), splits (the labelled
-                 ones; a mapping where the hub calls them otherwise)
+    hub          public data set: path, name, revision (a commit), reader (`benchmarks/hub.py`), splits (the
+                 labelled ones; a mapping where the hub calls them otherwise)
     unavailable  data source -> why this task cannot use it
     protocol     where the protocols come from
     checked      what they were compared with
@@ -77,11 +79,20 @@ class Task:
         return 0.0 if free else float(self.facts["chance"])
 
     def unavailable(self, source: str, protocol: str | None = None) -> str | None:
-        """Why this task cannot be had from `source` (with `protocol`, where one is given); None where it can."""
+        """Why this task cannot be had from `source` (with `protocol`, where one is given); None where it
+        can."""
         if reason := (self.facts.get("unavailable") or {}).get(source):
             return reason
-        if protocol and self.kind == "number" and source != "builtin" and self._protocol(protocol) != "generate":
-            return f"its rows have a free answer and no choices, and {protocol} compares choices; expected protocol=generate or native"
+        if (
+            protocol
+            and self.kind == "number"
+            and source != "builtin"
+            and self._protocol(protocol) != "generate"
+        ):
+            return (
+                f"its rows have a free answer and no choices, and {protocol} compares choices; "
+                "expected protocol=generate or native"
+            )
         return None
 
     def tokens(self, source: str) -> int:
@@ -90,7 +101,8 @@ class Task:
         return own or self.facts["tokens"]
 
     def form(self, protocol: str = "native", template: str | None = None) -> Form:
-        """How a row becomes text under `protocol`. `template`: another layout of the instruction (`formats.TEMPLATES`)."""
+        """How a row becomes text under `protocol`. `template`: another layout of the instruction
+        (`formats.TEMPLATES`)."""
         return _form(self.name, self._protocol(protocol), template)
 
     def _protocol(self, protocol: str) -> str:
@@ -98,7 +110,9 @@ class Task:
             return self.native
         if protocol not in PROTOCOLS:
             known = ("native", *PROTOCOLS)
-            raise ConfigError(f"protocol={protocol!r}: expected one of {', '.join(known)}.{nearest(protocol, known)}")
+            raise ConfigError(
+                f"protocol={protocol!r}: expected one of {', '.join(known)}.{nearest(protocol, known)}"
+            )
         return protocol
 
 
@@ -116,7 +130,11 @@ def get(name: str, key: str = "task") -> Task:
 
 def _is_task(name: Any) -> bool:
     """Without a look through the whole folder: asked for every row."""
-    return isinstance(name, str) and re.fullmatch(r"[^\W_][\w-]*", name) is not None and (FOLDER / f"{name}.yaml").is_file()
+    return (
+        isinstance(name, str)
+        and re.fullmatch(r"[^\W_][\w-]*", name) is not None
+        and (FOLDER / f"{name}.yaml").is_file()
+    )
 
 
 @lru_cache(maxsize=1)
@@ -130,21 +148,26 @@ def suites() -> dict[str, tuple[str, ...]]:
 
 
 def resolve(value: str | list[str] | tuple[str, ...], key: str = "task") -> tuple[str, tuple[str, ...]]:
-    """(name, tasks) of a task, a suite or a list of both: "arc" -> ("arc", ("arc_easy", "arc_challenge")), ["arc", "gsm8k"] ->
-    ("arc+gsm8k", ...). No task comes twice. Raises ConfigError that names `key`."""
+    """(name, tasks) of a task, a suite or a list of both: "arc" -> ("arc", ("arc_easy", "arc_challenge")),
+    ["arc", "gsm8k"] -> ("arc+gsm8k", ...). No task comes twice. Raises ConfigError that names `key`."""
     parts = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
     known = [*names(), *suites()]
     if not parts:
-        raise ConfigError(f"{key}={value!r}: expected a task, a suite ({', '.join(suites())}) or a list of them.")
+        raise ConfigError(
+            f"{key}={value!r}: expected a task, a suite ({', '.join(suites())}) or a list of them."
+        )
     for part in parts:
         if part not in known:
             raise ConfigError(f"{key}={part!r}: no such task or suite.{nearest(str(part), known)}")
     parts = list(dict.fromkeys(parts))
-    return "+".join(parts), tuple(dict.fromkeys(task for part in parts for task in suites().get(part, (part,))))
+    return "+".join(parts), tuple(
+        dict.fromkeys(task for part in parts for task in suites().get(part, (part,)))
+    )
 
 
 def title(task: str, source: str, protocol: str = "native") -> str:
-    """Name of a result, which says where the rows come from and how they were asked: "arc_easy@builtin:loglikelihood"."""
+    """Name of a result, which says where the rows come from and how they were asked:
+    "arc_easy@builtin:loglikelihood"."""
     return f"{task}@{source}:{get(task)._protocol(protocol)}"
 
 
@@ -162,7 +185,8 @@ def _read(name: str) -> Task:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """A file over the one that it includes, `metadata` key by key; a task that includes none gets the metadata of `_choice.yaml`."""
+    """A file over the one that it includes, `metadata` key by key; a task that includes none gets the
+    metadata of `_choice.yaml`."""
     config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     plain = "task" in config and "group" not in config and "include" not in config
     base = _load(path.parent / config.pop("include", "_choice.yaml")) if plain or "include" in config else {}

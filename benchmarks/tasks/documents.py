@@ -1,4 +1,5 @@
-"""What the task files call by name: documents from `benchmarks.data`, prompts and scores from `formats`. No caches of lm-eval's."""
+"""What the task files call by name: documents from `benchmarks.data`, prompts and scores from `formats`. No
+caches of lm-eval's."""
 
 from __future__ import annotations
 
@@ -11,15 +12,19 @@ import datasets
 from moabench.benchmarks import data, tasks
 
 
-def load(config_source: str, source: str = "builtin", seed: int = 0, **options: Any) -> dict[str, datasets.Dataset]:
+def load(
+    config_source: str, source: str = "builtin", seed: int = 0, **options: Any
+) -> dict[str, datasets.Dataset]:
     """{split: Dataset} with the split that the task reports.
 
-    lm-eval passes a task's metadata: `config_source` is the path of its YAML; `options` may hold root, eval_limit and
-    revisions of the config group `data`.
+    lm-eval passes a task's metadata: `config_source` is the path of its YAML; `options` may hold root,
+    eval_limit and revisions of the config group `data`.
     """
     task = tasks.get(Path(config_source).stem)
     known = {key: options[key] for key in ("root", "eval_limit", "revisions") if key in options}
-    rows = data.load_rows(task.name, task.split, SimpleNamespace(source=source, seed=seed, **{"root": None, **known}))
+    rows = data.load_rows(
+        task.name, task.split, SimpleNamespace(source=source, seed=seed, **{"root": None, **known})
+    )
     return {task.split: datasets.Dataset.from_list(rows)}
 
 
@@ -37,4 +42,7 @@ def score(row: dict[str, Any], results: list[str]) -> dict[str, float]:
     """acc and acc_strict of one generated response."""
     form = tasks.get(row["task"]).form()
     found = form.extract(results[0], row)
-    return {"acc": float(form.correct(found.paper, row)), "acc_strict": float(form.correct(found.strict, row))}
+    return {
+        "acc": float(form.correct(found.paper, row)),
+        "acc_strict": float(form.correct(found.strict, row)),
+    }

@@ -1,14 +1,16 @@
 r"""Answers in generated text: as the published code finds them, and strictly.
 
-Paper (AGI-Edgerunners/LLM-Adapters @ 8166572, evaluate.py and commonsense_evaluate.py; DCDmllm/MoA has the same rules):
+Paper (AGI-Edgerunners/LLM-Adapters @ 8166572, evaluate.py and commonsense_evaluate.py; DCDmllm/MoA has the
+same rules):
 
-    choice_word  first match of the task's whole vocabulary, in any position ("not answer1" is answer1, "answer12" is answer1)
+    choice_word  first match of the task's whole vocabulary, in any position ("not answer1" is answer1,
+                 "answer12" is answer1)
     number       last match of -?\d+\.?\d* once commas are gone ("3-4" ends in -4, "1/2" in 2)
     letter       first of the capitals A to E anywhere ("Because" is B)
 
-Strict: the response ends with its answer sentence, and that sentence occurs once. Nothing may follow but one full stop. Words and letters
-must be those of the row's own choices; a number has a sign (hyphen or U+2212), digits, thousands commas in their places and decimals,
-and no currency, unit, percent or fraction.
+Strict: the response ends with its answer sentence, and that sentence occurs once. Nothing may follow but one
+full stop. Words and letters must be those of the row's own choices; a number has a sign (hyphen or U+2212),
+digits, thousands commas in their places and decimals, and no currency, unit, percent or fraction.
 
     choice_word  the correct answer is answer2
     number       The answer is 1,234.5.
@@ -27,13 +29,15 @@ TOLERANCE = 1e-3
 """Largest difference of two equal numbers, as in evaluate.py."""
 
 VOCABULARY = {
-    stem: [f"{stem}{i + 1}" for i in range(count)] for stem, count in {"solution": 2, "answer": 5, "ending": 4, "option": 2}.items()
+    stem: [f"{stem}{i + 1}" for i in range(count)]
+    for stem, count in {"solution": 2, "answer": 5, "ending": 4, "option": 2}.items()
 }
 """What the published patterns look for, whatever the row's number of choices."""
 
 
 class Extracted(NamedTuple):
-    """The answer as the papers' code finds it, and the one of a well-formed response; None where there is none."""
+    """The answer as the papers' code finds it, and the one of a well-formed response; None where there is
+    none."""
 
     paper: str | None
     strict: str | None
@@ -43,7 +47,9 @@ def choice_word(text: str, vocabulary: Sequence[str], words: Sequence[str]) -> E
     """`vocabulary`: what the published pattern looks for; `words`: what this row offers."""
     text = _response(text)
     found = re.findall("|".join(map(re.escape, vocabulary)), text)
-    return Extracted(found[0] if found else None, _stated(text, "the correct answer is", "|".join(map(re.escape, words))))
+    return Extracted(
+        found[0] if found else None, _stated(text, "the correct answer is", "|".join(map(re.escape, words)))
+    )
 
 
 def number(text: str) -> Extracted:
@@ -67,7 +73,8 @@ def same_number(one: str, other: str) -> bool:
 
 
 def _response(text: str) -> str:
-    """The published code cuts the decoded text at "### Response:" and keeps the second part: a repeated prompt ends the response."""
+    """The published code cuts the decoded text at "### Response:" and keeps the second part: a repeated
+    prompt ends the response."""
     return text.split("### Response:")[0].strip()
 
 

@@ -4,7 +4,8 @@
     generate       template `llm_adapters`: instruction and greedy response, extracted (`extraction.py`)
     label          template `letters`: question, lettered choices, "Answer:", and arg-max over the letters
 
-Where choices are compared, `requests(row)[label] == (prompt(row), answer(row))`: what is trained is what is scored.
+Where choices are compared, `requests(row)[label] == (prompt(row), answer(row))`: what is trained is what is
+scored.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Form:
         return [continuation for _, continuation in self.requests(row)]
 
     def lengths(self, row: Row) -> list[int]:
-        """Characters of each choice as lm-eval counts them for acc_norm: without the blank that joins it to the prompt."""
+        """Characters of each choice as lm-eval counts them for acc_norm: without the blank that joins it to
+        the prompt."""
         return [max(1, len(choice.removeprefix(" "))) for choice in self.choices(row)]
 
     def extract(self, text: str, row: Row) -> Extracted:
@@ -73,9 +75,11 @@ class Form:
 
 
 class Continuations(Form):
-    """lm-eval's multiple choice, from the `doc_to_*` keys of the task's file (of `_choice.yaml` for tasks that are generated natively).
+    """lm-eval's multiple choice, from the `doc_to_*` keys of the task's file (of `_choice.yaml` for tasks
+    that are generated natively).
 
-    A `doc_to_text` that gives a number says that the choices are contexts of one and the same continuation (WinoGrande), as in lm-eval.
+    A `doc_to_text` that gives a number says that the choices are contexts of one and the same continuation
+    (WinoGrande), as in lm-eval.
     """
 
     protocol = "loglikelihood"
@@ -113,11 +117,12 @@ class Continuations(Form):
 class Letters(Form):
     """Lettered choices and the letter as answer.
 
-    Layout of AdaMoLE (zefang-liu/AdaMoLE @ 5e8599a, data.py) for every task, without its blank after "Answer:", which belongs to the
-    letter here as in lm-eval. AdaMoLE compares bare letters, up to the largest number of choices in a batch. MoE-PEFT, the code of MixLoRA
-    (TUDB-Labs/MoE-PEFT @ 40f8cb7, moe_peft/tasks/qa_tasks.py), compares " A" with its blank; it has "(A) text" in one line for ARC,
-    OpenBookQA and CommonsenseQA and other words around the rest, the words true and false for BoolQ, and all of 1-4 and A-E for ARC. Here
-    a row's own letters are compared.
+    Layout of AdaMoLE (zefang-liu/AdaMoLE @ 5e8599a, data.py) for every task, without its blank after
+    "Answer:", which belongs to the letter here as in lm-eval. AdaMoLE compares bare letters, up to the
+    largest number of choices in a batch. MoE-PEFT, the code of MixLoRA (TUDB-Labs/MoE-PEFT @ 40f8cb7,
+    moe_peft/tasks/qa_tasks.py), compares " A" with its blank; it has "(A) text" in one line for ARC,
+    OpenBookQA and CommonsenseQA and other words around the rest, the words true and false for BoolQ, and all
+    of 1-4 and A-E for ARC. Here a row's own letters are compared.
     """
 
     protocol = "label"
@@ -139,15 +144,20 @@ class Letters(Form):
 
 
 TEMPLATES = {
-    # evaluate.py and commonsense_evaluate.py of AGI-Edgerunners/LLM-Adapters @ 8166572, which DoRA uses too. Its finetune.py has one more
-    # blank after "request." and a line of 16 blanks before "### Response:"; training and evaluation are the same text here.
+    # evaluate.py and commonsense_evaluate.py of AGI-Edgerunners/LLM-Adapters @ 8166572, which DoRA uses too.
+    # Its finetune.py has one more blank after "request." and a line of 16 blanks before "### Response:";
+    # training and evaluation are the same text here.
     "llm_adapters": (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n\n"
-        "                ### Instruction:\n                {}\n\n                ### Response:\n                "
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request. \n\n"
+        "                ### Instruction:\n                {}\n\n                ### Response:\n     "
+        "           "
     ),
-    # The code of MoA (DCDmllm/MoA @ d1a17ed, data/dataset.py) has the layout of Alpaca, and the response follows the colon.
+    # The code of MoA (DCDmllm/MoA @ d1a17ed, data/dataset.py) has the layout of Alpaca, and the response
+    # follows the colon.
     "alpaca": (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n"
         "### Instruction:\n{}\n\n### Response:"
     ),
 }
@@ -156,15 +166,19 @@ TEMPLATES = {
 class Instruction(Form):
     """The instruction format of LLM-Adapters: an instruction in a template, a response, and its extraction.
 
-    The instruction's template sees the row's keys and: `stem` (context, a blank and the question; the question alone without a context),
-    `options` ("Answer1: x Answer2: y"), `lettered` ("(A) x (B) y"), `words` ("answer1/answer2").
+    The instruction's template sees the row's keys and: `stem` (context, a blank and the question; the
+    question alone without a context), `options` ("Answer1: x Answer2: y"), `lettered` ("(A) x (B) y"),
+    `words` ("answer1/answer2").
     """
 
     protocol = "generate"
 
     def __init__(self, task: Task, template: str | None = None):
         if template not in (None, *TEMPLATES):
-            raise ConfigError(f"template={template!r}: expected one of {', '.join(TEMPLATES)}.{nearest(str(template), TEMPLATES)}")
+            raise ConfigError(
+                f"template={template!r}: expected one of "
+                f"{', '.join(TEMPLATES)}.{nearest(str(template), TEMPLATES)}"
+            )
         super().__init__(task, template or "llm_adapters")
 
     @property
@@ -202,7 +216,11 @@ class Instruction(Form):
     def words(self, row: Row) -> list[str]:
         """How the choices of this row are called: answer1, answer2, ..."""
         given = self.task.facts["words"]
-        return list(given) if isinstance(given, list) else [f"{given}{i + 1}" for i in range(len(row["choices"]))]
+        return (
+            list(given)
+            if isinstance(given, list)
+            else [f"{given}{i + 1}" for i in range(len(row["choices"]))]
+        )
 
     def extract(self, text: str, row: Row) -> Extracted:
         if self.extraction == "number":
@@ -210,7 +228,9 @@ class Instruction(Form):
         if self.extraction == "letter":
             return extraction.letter(text, letters(row))
         given = self.task.facts["words"]
-        return extraction.choice_word(text, given if isinstance(given, list) else extraction.VOCABULARY[given], self.words(row))
+        return extraction.choice_word(
+            text, given if isinstance(given, list) else extraction.VOCABULARY[given], self.words(row)
+        )
 
     def correct(self, prediction: str | None, row: Row) -> bool:
         if prediction is None:

@@ -2,9 +2,11 @@
 
     from moabench.benchmarks.world import rows
     rows("arc_easy", "test")[0]
-    # {"id": ..., "question": ..., "choices": [4 strings], "label": 0..3, "skill": "recall:colour", "domain": "animals"}
+    # {"id": ..., "question": ..., "choices": [4 strings], "label": 0..3, "skill": "recall:colour", "domain":
+    "animals"}
 
-`seed` draws another world; the shipped base model (`tiny/`) has read the corpus of seed 0. Nothing here imports torch.
+`seed` draws another world; the shipped base model (`tiny/`) has read the corpus of seed 0. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -22,7 +24,19 @@ from .corpus import documents
 from .facts import LIMITS, SPLITS, Axes, WorldConfig, build_world
 from .forms import writers
 
-__all__ = ["LIMITS", "MODEL", "SPLITS", "TASKS", "Axes", "WorldConfig", "build_world", "content_hash", "corpus", "corpus_hash", "rows"]
+__all__ = [
+    "LIMITS",
+    "MODEL",
+    "SPLITS",
+    "TASKS",
+    "Axes",
+    "WorldConfig",
+    "build_world",
+    "content_hash",
+    "corpus",
+    "corpus_hash",
+    "rows",
+]
 
 MODEL = Path(__file__).parent / "tiny"
 """Folder of the shipped base model."""
@@ -32,9 +46,15 @@ TASKS = tuple(writers())
 
 
 def rows(
-    task: str, split: str, seed: int = 0, n: int | None = None, config: WorldConfig | None = None, axes: Axes | None = None
+    task: str,
+    split: str,
+    seed: int = 0,
+    n: int | None = None,
+    config: WorldConfig | None = None,
+    axes: Axes | None = None,
 ) -> list[dict]:
-    """The first `n` rows (all when None) of a split; rows of one split are shuffled and label positions balanced."""
+    """The first `n` rows (all when None) of a split; rows of one split are shuffled and label positions
+    balanced."""
     _check("task", task, TASKS)
     _check("split", split, SPLITS)
     found = _rows(task, split, seed, config or WorldConfig(), axes or Axes())
@@ -42,13 +62,14 @@ def rows(
 
 
 def corpus(seed: int = 0, config: WorldConfig | None = None, heldout: bool = False) -> Iterator[str]:
-    """The pre-training paragraphs that state every fact the rows ask for. `heldout`: other paragraphs of the same distribution, of which
-    none is in the corpus."""
+    """The pre-training paragraphs that state every fact the rows ask for. `heldout`: other paragraphs of the
+    same distribution, of which none is in the corpus."""
     return documents(build_world(seed, config or WorldConfig()), heldout)
 
 
 def content_hash(seed: int = 0, config: WorldConfig | None = None, paragraphs: int = 2000) -> str:
-    """SHA-256 (first 16 hex digits) of the dials, all rows and the first `paragraphs` of the corpus; names a world in run records."""
+    """SHA-256 (first 16 hex digits) of the dials, all rows and the first `paragraphs` of the corpus; names a
+    world in run records."""
     config = config or WorldConfig()
     digest = hashlib.sha256(corpus_hash(seed, config, paragraphs).encode())
     for task in TASKS:
@@ -73,7 +94,8 @@ def _rows(task: str, split: str, seed: int, config: WorldConfig, axes: Axes) -> 
     rng.shuffle(drafts)
     labels = {options: _labels(options, n, rng) for options, n in Counter(map(_options, drafts)).items()}
     return tuple(
-        {"id": f"world/{task}-{split}-{i}"} | (draft if "label" in draft else _placed(draft, labels[_options(draft)].pop(), rng))
+        {"id": f"world/{task}-{split}-{i}"}
+        | (draft if "label" in draft else _placed(draft, labels[_options(draft)].pop(), rng))
         for i, draft in enumerate(drafts)
     )
 

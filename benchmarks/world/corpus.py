@@ -1,7 +1,8 @@
 """The pre-training corpus: short paragraphs that state every fact of the world, and never ask for one.
 
-Paragraphs about an entity (its kind, own facts, and the inherited facts that are `told`) and about a kind (all that it passes on) are
-written here; every family in `forms/` that needs other knowledge writes its own share.
+Paragraphs about an entity (its kind, own facts, and the inherited facts that are `told`) and about a kind
+(all that it passes on) are written here; every family in `forms/` that needs other knowledge writes its own
+share.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ KIND_SUBJECTS = ("every {kind}", "a {kind}", "each {kind}")
 
 
 def documents(world: World, heldout: bool = False) -> Iterator[str]:
-    """The corpus of `world`, paragraph by paragraph. A hash of its text says whether a paragraph belongs to the corpus or is held out, so
-    that the two can share none."""
+    """The corpus of `world`, paragraph by paragraph. A hash of its text says whether a paragraph belongs to
+    the corpus or is held out, so that the two can share none."""
     rng = random.Random(f"{'heldout' if heldout else 'corpus'}-{world.seed}")
     for _ in range(world.config.documents):
         paragraph = _paragraph(world, rng)
@@ -50,7 +51,8 @@ def _paragraph(world: World, rng: random.Random) -> str:
 
 
 def _about_entity(world: World, entity: Entity, rng: random.Random) -> str:
-    """Kind first (mostly), then facts in random order; the first sentence names the entity, later ones may use a pronoun."""
+    """Kind first (mostly), then facts in random order; the first sentence names the entity, later ones may
+    use a pronoun."""
     relations = world.domains[entity.domain].relations
     known = [*entity.own, *sorted(entity.told)]
     clauses = []

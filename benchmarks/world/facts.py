@@ -1,7 +1,8 @@
 """The facts of the built-in world: entities, their kinds, and what is true of each.
 
-A domain (animals, plants, ...) is one file in `lexicon/domains/`. Its kinds carry the `inherited` relations, its entities the `own`
-relations. `build_world(seed)` draws everything from the seed; a fact is looked up with `World.value(entity, relation)`.
+A domain (animals, plants, ...) is one file in `lexicon/domains/`. Its kinds carry the `inherited` relations,
+its entities the `own` relations. `build_world(seed)` draws everything from the seed; a fact is looked up with
+`World.value(entity, relation)`.
 """
 
 from __future__ import annotations
@@ -19,26 +20,50 @@ LEXICON = Path(__file__).parent / "lexicon"
 SPLITS = ("train", "validation", "test")
 LIMITS = {"train": 2400, "validation": 300, "test": 800}
 """Most rows of a split."""
-ONSETS = ["b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gl", "kl", "pr", "st", "tr"]
+ONSETS = [
+    "b",
+    "d",
+    "f",
+    "g",
+    "h",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "v",
+    "z",
+    "br",
+    "dr",
+    "gl",
+    "kl",
+    "pr",
+    "st",
+    "tr",
+]
 VOWELS = ["a", "e", "i", "o", "u"]
 CODAS = ["", "", "", "l", "n", "r", "s", "x"]
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Difficulty dials. The defaults were calibrated together with the shipped base model (README.md), which has read the corpus of
-    exactly these values: after a change of one of them, pre-train again."""
+    """Difficulty dials. The defaults were calibrated together with the shipped base model (README.md), which
+    has read the corpus of exactly these values: after a change of one of them, pre-train again."""
 
     entities_per_kind: int = 25
-    """Single entities of each kind. More entities: each fact is read less often, one-hop questions get harder."""
+    """Single entities of each kind. More entities: each fact is read less often, one-hop questions get
+    harder."""
     told_share: float = 0.4
-    """Share (0..1) of the (entity, inherited relation) pairs that the corpus states outright. Only the other pairs are asked in
-    `arc_challenge`; more told pairs make the two-hop composition easier to learn."""
+    """Share (0..1) of the (entity, inherited relation) pairs that the corpus states outright. Only the other
+    pairs are asked in `arc_challenge`; more told pairs make the two-hop composition easier to learn."""
     bare_share: float = 0.5
     """Share (0..1) of the told inherited facts that are stated without naming the kind."""
     documents: int = 240_000
-    """Paragraphs in the corpus. Each family of tasks that brings its own knowledge has a share of them (`SHARE` in `forms/`); the rest
-    is about entities and kinds."""
+    """Paragraphs in the corpus. Each family of tasks that brings its own knowledge has a share of them
+    (`SHARE` in `forms/`); the rest is about entities and kinds."""
     kind_documents: float = 0.08
     """Share (0..1) of the paragraphs that are about a kind."""
     max_number: int = 20
@@ -51,8 +76,9 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class Axes:
-    """Difficulty of the questions; None is each task's own. Axes never change the world or its corpus, so that a sweep over them needs no
-    new base model. A task that has no choice of an axis ignores it; a value outside a task's choice is an error."""
+    """Difficulty of the questions; None is each task's own. Axes never change the world or its corpus, so
+    that a sweep over them needs no new base model. A task that has no choice of an axis ignores it; a value
+    outside a task's choice is an error."""
 
     facts: int | None = None
     """Facts (sentences) that a passage states, in tasks with a passage."""
@@ -73,13 +99,16 @@ class Axes:
         """The axis `name` of a task that has the choice `allowed`; `default` where the axis is not set."""
         value = getattr(self, name)
         if value is not None and value not in allowed:
-            raise ConfigError(f"axes.{name}={value}: expected one of {', '.join(map(str, allowed))} for this task.")
+            raise ConfigError(
+                f"axes.{name}={value}: expected one of {', '.join(map(str, allowed))} for this task."
+            )
         return default if value is None else value
 
 
 @dataclass(frozen=True)
 class Relation:
-    """One relation of a domain: its possible values, how the corpus states it and how a question asks for it."""
+    """One relation of a domain: its possible values, how the corpus states it and how a question asks for
+    it."""
 
     name: str
     inherited: bool
@@ -90,7 +119,8 @@ class Relation:
 
 @dataclass(frozen=True)
 class Entity:
-    """A single member of a kind. `own` maps relation to value; `told` are the inherited relations the corpus states for it."""
+    """A single member of a kind. `own` maps relation to value; `told` are the inherited relations the corpus
+    states for it."""
 
     name: str
     domain: str
@@ -176,7 +206,11 @@ def split_sizes(n: int, shares: tuple[float, float, float]) -> list[str]:
 
 def _domain(name: str, entry: dict, rng: random.Random) -> Domain:
     relations = {
-        relation: Relation(relation, group == "inherited", *(tuple(spec[key]) for key in ("values", "statements", "questions")))
+        relation: Relation(
+            relation,
+            group == "inherited",
+            *(tuple(spec[key]) for key in ("values", "statements", "questions")),
+        )
         for group in ("inherited", "own")
         for relation, spec in entry[group].items()
     }
@@ -188,7 +222,9 @@ def _domain(name: str, entry: dict, rng: random.Random) -> Domain:
     return Domain(name, entry["article"], tuple(entry["pronouns"]), relations, kinds)
 
 
-def _entities(domain: Domain, entry: dict, config: WorldConfig, rng: random.Random, used: set[str]) -> list[Entity]:
+def _entities(
+    domain: Domain, entry: dict, config: WorldConfig, rng: random.Random, used: set[str]
+) -> list[Entity]:
     """Entities of one domain; own values are spread evenly inside each kind, so that siblings differ."""
     own = [relation for relation in domain.relations.values() if not relation.inherited]
     inherited = [relation.name for relation in domain.relations.values() if relation.inherited]
@@ -201,12 +237,15 @@ def _entities(domain: Domain, entry: dict, config: WorldConfig, rng: random.Rand
             name = _name(rng, used)
             phrase = f"{entry['article']} {name}" if entry["article"] else name.capitalize()
             values = {relation: column[i] for relation, column in columns.items()}
-            entities.append(Entity(name, domain.name, kind, split, rng.choice(entry["pronouns"]), phrase, values, told[i]))
+            entities.append(
+                Entity(name, domain.name, kind, split, rng.choice(entry["pronouns"]), phrase, values, told[i])
+            )
     return entities
 
 
 def _told(relations: list[str], n: int, share: float, rng: random.Random) -> list[frozenset[str]]:
-    """For each of `n` entities the inherited relations that the corpus states, `share` of all pairs, at least one untold."""
+    """For each of `n` entities the inherited relations that the corpus states, `share` of all pairs, at least
+    one untold."""
     most = len(relations) - 1
     counts = [min(most, int(len(relations) * share + rng.random())) for _ in range(n)]
     return [frozenset(rng.sample(relations, count)) for count in counts]

@@ -1,7 +1,8 @@
 """Make the base model `tiny`: `python -m moabench.benchmarks.world.pretrain --out benchmarks/world/tiny`.
 
-A byte-level BPE tokenizer and a Llama of 5.4 M parameters, both trained on the corpus of one seed. Paragraphs are packed into rows of
-`length` tokens, separated by eos. AdamW, linear warm-up, cosine to a tenth, bf16 autocast with fp32 weights.
+A byte-level BPE tokenizer and a Llama of 5.4 M parameters, both trained on the corpus of one seed. Paragraphs
+are packed into rows of `length` tokens, separated by eos. AdamW, linear warm-up, cosine to a tenth, bf16
+autocast with fp32 weights.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from moabench.benchmarks.world import WorldConfig, corpus, corpus_hash
 
 EOS, PAD = "<|eos|>", "<|pad|>"
 FORMATS = (Path(__file__).parent / "lexicon" / "formats.txt").read_text(encoding="utf-8")
-"""Words of the prompt formats. The tokenizer reads them `FORMATS_REPEATED` times, so that a prompt costs few tokens; the model never
-does."""
+"""Words of the prompt formats. The tokenizer reads them `FORMATS_REPEATED` times, so that a prompt costs few
+tokens; the model never does."""
 FORMATS_REPEATED = 3000
 
 
@@ -52,10 +53,15 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[EOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=1024)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=1024
+    )
 
 
 def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> torch.Tensor:
@@ -80,7 +86,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config._attn_implementation = "eager"  # on CPU the fused kernel's backward takes longer than the rest of the step
+    config._attn_implementation = (
+        "eager"  # on CPU the fused kernel's backward takes longer than the rest of the step
+    )
     return LlamaForCausalLM(config)
 
 
@@ -96,12 +104,16 @@ def optimizer_for(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
 
 
 def train(model: LlamaForCausalLM, data: torch.Tensor, recipe: Recipe) -> list[float]:
-    """Train in place; returns the loss (nats a token) of every step. Rows are drawn without repetition until all were read."""
+    """Train in place; returns the loss (nats a token) of every step. Rows are drawn without repetition until
+    all were read."""
     optimizer, losses = optimizer_for(model, recipe), []
     order = torch.cat([torch.randperm(len(data)) for _ in range(1 + recipe.steps * recipe.rows // len(data))])
     model.train()
@@ -122,8 +134,11 @@ def train(model: LlamaForCausalLM, data: torch.Tensor, recipe: Recipe) -> list[f
     return losses
 
 
-def build(recipe: Recipe, config: WorldConfig | None = None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, dict]:
-    """Tokenizer, model and report (plain numbers for the model card) from a recipe; deterministic for one thread count."""
+def build(
+    recipe: Recipe, config: WorldConfig | None = None
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, dict]:
+    """Tokenizer, model and report (plain numbers for the model card) from a recipe; deterministic for one
+    thread count."""
     torch.manual_seed(recipe.seed)
     start = time.perf_counter()
     texts = list(corpus(recipe.seed, config))
@@ -139,20 +154,26 @@ def build(recipe: Recipe, config: WorldConfig | None = None) -> tuple[LlamaForCa
         "tokens read": recipe.steps * recipe.rows * recipe.length,
         "loss (nats a token, mean of the last 100 steps)": round(sum(last) / len(last), 3),
         "minutes": round((time.perf_counter() - start) / 60, 1),
-        "machine": f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}",
+        "machine": f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), "
+        f"torch {torch.__version__}",
         "corpus hash": corpus_hash(recipe.seed, config),
         "date": datetime.date.today().isoformat(),
     }
     return model, tokenizer, report
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, recipe: Recipe, report: dict) -> None:
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, recipe: Recipe, report: dict
+) -> None:
     """Write bf16 weights, configs, tokenizer and model card."""
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(do_sample=False, **ends)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    command = f"python -m moabench.benchmarks.world.pretrain --out benchmarks/world/tiny --seed {recipe.seed} --steps {recipe.steps}"
+    command = (
+        "python -m moabench.benchmarks.world.pretrain --out benchmarks/world/tiny --seed "
+        f"{recipe.seed} --steps {recipe.steps}"
+    )
     table = "\n".join(f"| {key} | {value} |" for key, value in (report | dataclasses.asdict(recipe)).items())
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     (out / "README.md").write_text(template.format(command=command, table=table), encoding="utf-8")
@@ -161,11 +182,15 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
 def main() -> None:
     """Command line."""
     defaults = Recipe()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of the world and of the training")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; the shipped model was made with one")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; the shipped model was made with one"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     recipe = Recipe(steps=args.steps, seed=args.seed)

@@ -1,4 +1,5 @@
-"""Words and sentences that the corpus and the forms share: lexicon files, sentence building, names, splits of any list of items."""
+"""Words and sentences that the corpus and the forms share: lexicon files, sentence building, names, splits of
+any list of items."""
 
 from __future__ import annotations
 
@@ -11,8 +12,14 @@ import yaml
 
 from .facts import LEXICON, SPLITS, World, invent, split_sizes
 
-BUCKETS = {"corpus": range(0, 60), "train": range(60, 84), "validation": range(84, 88), "test": range(88, 100)}
-"""Which invented names a passage may use, by a hash of the name in 0..99: the corpus and the splits have none in common."""
+BUCKETS = {
+    "corpus": range(0, 60),
+    "train": range(60, 84),
+    "validation": range(84, 88),
+    "test": range(88, 100),
+}
+"""Which invented names a passage may use, by a hash of the name in 0..99: the corpus and the splits have none
+in common."""
 
 
 KIND_FORMS = ("{s} is a {v}", "{s} is one kind of {v}", "{s} belongs to the {v} family")
@@ -61,4 +68,6 @@ def deal(items: list, world: World, rng: random.Random) -> dict[str, list]:
     """`items` in random order, dealt to the splits by the world's `split_shares`."""
     items = rng.sample(items, len(items))
     owners = split_sizes(len(items), world.config.split_shares)
-    return {split: [item for item, owner in zip(items, owners, strict=True) if owner == split] for split in SPLITS}
+    return {
+        split: [item for item, owner in zip(items, owners, strict=True) if owner == split] for split in SPLITS
+    }

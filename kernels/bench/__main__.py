@@ -1,7 +1,8 @@
 """What a routed adapter costs: every rival in one process, interleaved, checked first, as ratios.
 
     python -m moabench.kernels.bench                         # all levels, the device's own sizes
-    python -m moabench.kernels.bench --quick                 # all levels at small sizes, under a minute on a CPU
+    python -m moabench.kernels.bench --quick                 # all levels at small sizes, under a minute on a
+                                                             CPU
     python -m moabench.kernels.bench linear --width 1024 --dtype bf16 --rivals torch PEFT --out DIR
     python -m moabench.kernels.bench model --methods molora mixlora --width 512 --rounds 9
 
@@ -11,8 +12,8 @@
 `block`    a decoder layer, with the bytes that it saves for its backward
 `model`    train step beside its FLOP floor, greedy decoding
 
-On a CPU with one thread times are CPU time of the process, on CUDA the device's. Exit code 1 where rivals disagree. A script: unlike
-the rest of the folder it imports moabench.methods.
+On a CPU with one thread times are CPU time of the process, on CUDA the device's. Exit code 1 where rivals
+disagree. A script: unlike the rest of the folder it imports moabench.methods.
 """
 
 from __future__ import annotations
@@ -39,14 +40,28 @@ class Sizes:
     dtypes: tuple[str, ...] = ("fp32", "bf16")
 
 
-CPU = Sizes({"mixture": (256, 1024), "linear": (256, 1024), "ffn": (256, 1024), "block": (1024,), "model": (256, 512, 1024)}, (2048,))
-CUDA = Sizes({"mixture": (4096,), "linear": (4096,), "ffn": (4096,), "block": (4096,), "model": (512,)}, (64, 2400, 8192), ("bf16",))
+CPU = Sizes(
+    {
+        "mixture": (256, 1024),
+        "linear": (256, 1024),
+        "ffn": (256, 1024),
+        "block": (1024,),
+        "model": (256, 512, 1024),
+    },
+    (2048,),
+)
+CUDA = Sizes(
+    {"mixture": (4096,), "linear": (4096,), "ffn": (4096,), "block": (4096,), "model": (512,)},
+    (64, 2400, 8192),
+    ("bf16",),
+)
 LEVELS = tuple(CPU.widths)
 QUICK = Sizes(dict.fromkeys(LEVELS, (128,)), (256,), ("bf16",))
 
 
 class Wanted:
-    """Which rivals to run: those whose names begin with one of `words`, or all. Remembers which words named none."""
+    """Which rivals to run: those whose names begin with one of `words`, or all. Remembers which words named
+    none."""
 
     def __init__(self, words: list[str] | None) -> None:
         self.words, self.unused, self.seen = words, set(words or ()), set()
@@ -60,7 +75,9 @@ class Wanted:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser("moabench.kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "moabench.kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("levels", nargs="*", metavar="level", help=f"{', '.join(LEVELS)}; default: all")
     parser.add_argument("--width", type=int, nargs="+", help="model width; default: by level and device")
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"))
@@ -69,7 +86,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=8, help="of each expert")
     parser.add_argument("--k", type=int, default=2, help="experts a token, of top-k routers")
     parser.add_argument("--methods", nargs="+", help="methods of conf/method; default: by level")
-    parser.add_argument("--rivals", nargs="+", help="beginnings of rivals' names, e.g. torch PEFT loop; default: all")
+    parser.add_argument(
+        "--rivals", nargs="+", help="beginnings of rivals' names, e.g. torch PEFT loop; default: all"
+    )
     parser.add_argument("--rounds", type=int, help="default: 9, with --quick 3")
     parser.add_argument("--layers", type=int, default=2, help="of the whole model")
     parser.add_argument("--threads", type=int, default=1)
@@ -113,14 +132,19 @@ def main(argv: list[str] | None = None) -> int:
             for dtype in args.dtype or sizes.dtypes:
                 for tokens in args.tokens or sizes.tokens:
                     before = len(report.rows)
-                    setting = Setting(level, width, dtype, tokens, args.experts, args.rank, args.k, args.device)
+                    setting = Setting(
+                        level, width, dtype, tokens, args.experts, args.rank, args.k, args.device
+                    )
                     run(setting, report, names, options)
                     print(tables(report.rows[before:]), flush=True)
     known = {n for level in args.levels for n in METHODS[level]}
     if unknown := set(args.methods or ()) - known:
         args.error(f"--methods {', '.join(sorted(unknown))}: expected some of {', '.join(sorted(known))}")
     if wanted.unused:
-        args.error(f"--rivals {', '.join(sorted(wanted.unused))}: no such rival; there were {', '.join(sorted(wanted.seen))}")
+        args.error(
+            f"--rivals {', '.join(sorted(wanted.unused))}: no such rival; there were "
+            f"{', '.join(sorted(wanted.seen))}"
+        )
     print(f"\ngoals ({args.device})\n{summary(report, args.device)}")
     return finish(report, args.out)
 
@@ -149,9 +173,16 @@ def header(args: argparse.Namespace) -> str:
 
     from moabench.kernels import backend
 
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} thread(s)"
+    machine = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.machine()}, {args.threads} thread(s)"
+    )
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft))
-    lines = [f"{machine}; {versions}; backend auto: {backend.describe(args.device)}; E {args.experts}, r {args.rank}, k {args.k}"]
+    lines = [
+        f"{machine}; {versions}; backend auto: {backend.describe(args.device)}; E {args.experts}, r "
+        f"{args.rank}, k {args.k}"
+    ]
     if args.device == "cpu" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         lines.append("MALLOC_TRIM_THRESHOLD_ is not set (see the Makefile): page faults will count as work")
     return "\n".join(lines)

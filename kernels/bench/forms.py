@@ -3,10 +3,13 @@
 All take the same decision (`methods.Routing`) and the same tensors as ours, and differ in how they run it:
 
 `loop`      every expert on every token, weighted at output width, summed
-`gather`    each expert takes its tokens by `where`, and adds its result back by index (MixLoRA, MoLA, MoA's sparse form)
-`grouped`   tokens sorted by expert, grouped GEMMs, un-permuted, weighted, summed over k (as transformers runs experts)
+`gather`    each expert takes its tokens by `where`, and adds its result back by index (MixLoRA, MoLA, MoA's
+            sparse form)
+`grouped`   tokens sorted by expert, grouped GEMMs, un-permuted, weighted, summed over k (as transformers runs
+            experts)
 
-Shapes: T tokens, d in, o out, E experts of r rank rows, R = E r (a shared A has r rows), K selected experts, f inner width.
+Shapes: T tokens, d in, o out, E experts of r rank rows, R = E r (a shared A has r rows), K selected experts,
+f inner width.
 """
 
 from __future__ import annotations
@@ -55,7 +58,12 @@ def grouped(x: Tensor, a: Tensor, b: Tensor, routing: Routing, scale: float = 1.
     """The same for exactly K experts a token, through two grouped GEMMs over tokens sorted by expert."""
     ids, experts, r = routing.ids, routing.weights.shape[1], b.shape[1] // routing.weights.shape[1]
     order = ids.flatten().argsort(stable=True)
-    ends = (ids.flatten().unsqueeze(-1) == torch.arange(experts, device=x.device)).sum(0).cumsum(0).to(torch.int32)
+    ends = (
+        (ids.flatten().unsqueeze(-1) == torch.arange(experts, device=x.device))
+        .sum(0)
+        .cumsum(0)
+        .to(torch.int32)
+    )
     s = F.grouped_mm(x[order // ids.shape[1]], a.to(x.dtype).view(experts, r, -1).transpose(1, 2), offs=ends)
     out = F.grouped_mm(s, b.to(x.dtype).t().reshape(experts, r, -1), offs=ends)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
@@ -66,30 +74,51 @@ def grouped(x: Tensor, a: Tensor, b: Tensor, routing: Routing, scale: float = 1.
 def grouped_unfit(dtype: torch.dtype, *widths: int) -> str | None:
     """Why grouped GEMMs cannot run on tensors with rows of these widths, or None."""
     wrong = [n for n in widths if n * dtype.itemsize % 16]
-    return f"grouped GEMMs want rows of whole 16 bytes; {wrong[0]} columns have {wrong[0] * dtype.itemsize}" if wrong else None
+    return (
+        f"grouped GEMMs want rows of whole 16 bytes; {wrong[0]} columns have {wrong[0] * dtype.itemsize}"
+        if wrong
+        else None
+    )
 
 
 FORMS: dict[str, Form] = {"loop": loop, "gather": gather, "grouped": grouped}
 
 
-def ffn_published(x: Tensor, p: dict[str, Tensor], frozen: dict[str, Tensor], routing: Routing, scale: float) -> Tensor:
-    """MixLoRA as published: frozen gate and up once, frozen down once an expert, tokens gathered by `where`."""
+def ffn_published(
+    x: Tensor, p: dict[str, Tensor], frozen: dict[str, Tensor], routing: Routing, scale: float
+) -> Tensor:
+    """MixLoRA as published: frozen gate and up once, frozen down once an expert, tokens gathered by
+    `where`."""
     gate, up = F.linear(x, frozen["gate"]), F.linear(x, frozen["up"])
     return _ffn_experts(x, p, frozen, routing, scale, lambda rows: (gate[rows], up[rows]))
 
 
-def ffn_vanilla(x: Tensor, p: dict[str, Tensor], frozen: dict[str, Tensor], routing: Routing, scale: float) -> Tensor:
+def ffn_vanilla(
+    x: Tensor, p: dict[str, Tensor], frozen: dict[str, Tensor], routing: Routing, scale: float
+) -> Tensor:
     """The plain mixture: every expert runs the whole frozen block on its tokens."""
-    return _ffn_experts(x, p, frozen, routing, scale, lambda rows: (F.linear(x[rows], frozen["gate"]), F.linear(x[rows], frozen["up"])))
+    return _ffn_experts(
+        x,
+        p,
+        frozen,
+        routing,
+        scale,
+        lambda rows: (F.linear(x[rows], frozen["gate"]), F.linear(x[rows], frozen["up"])),
+    )
 
 
-def _ffn_experts(x: Tensor, p: dict[str, Tensor], frozen: dict[str, Tensor], routing: Routing, scale: float, inner) -> Tensor:
-    """`sum_e w_e (W_d + s B_d A_d) (silu((W_g + s B_g A_g) x) * ((W_u + s B_u A_u) x))` over each token's experts; `inner(rows)` gives
-    the frozen gate and up outputs of some tokens. p has gate_A, gate_B, ... of all experts, concatenated."""
+def _ffn_experts(
+    x: Tensor, p: dict[str, Tensor], frozen: dict[str, Tensor], routing: Routing, scale: float, inner
+) -> Tensor:
+    """`sum_e w_e (W_d + s B_d A_d) (silu((W_g + s B_g A_g) x) * ((W_u + s B_u A_u) x))` over each token's
+    experts; `inner(rows)` gives the frozen gate and up outputs of some tokens. p has gate_A, gate_B, ... of
+    all experts, concatenated."""
     y, weights = torch.zeros_like(x), routing.weights.to(x.dtype)
     for e in range(weights.shape[1]):
         rows = torch.where(routing.selected[:, e])[0]
-        low = {n: expert(p[f"{n}_A"], p[f"{n}_B"], e, weights.shape[1], x.dtype) for n in ("gate", "up", "down")}
+        low = {
+            n: expert(p[f"{n}_A"], p[f"{n}_B"], e, weights.shape[1], x.dtype) for n in ("gate", "up", "down")
+        }
         part = x[rows]
         gate, up = inner(rows)
         gate = gate + scale * F.linear(F.linear(part, low["gate"][0]), low["gate"][1])

@@ -66,7 +66,9 @@ def check_parts(setting: Setting, report: Report, names: list[str], wanted: Want
             report.check(what, _error_of_lora(setting, rival), DTYPES[setting.dtype])
         elif rival.backend == "triton":
             tensors = [p for p in rival.model.parameters() if p.requires_grad]
-            got, want = (_gradients(setting, replace(rival, backend=name), tensors) for name in ("triton", "torch"))
+            got, want = (
+                _gradients(setting, replace(rival, backend=name), tensors) for name in ("triton", "torch")
+            )
             report.check(what, largest_error(got, want), DTYPES[setting.dtype])
 
 
@@ -81,7 +83,9 @@ def _gradients(setting: Setting, rival: whole.Rival, tensors: list[Tensor]) -> d
 def _error_to_peer(setting: Setting, base: nn.Module, rival: whole.Rival) -> float:
     """Largest error of a rival against the first form of its method's peers in fp64."""
     model, pairs = peer(rival.ours or rival.model, base, whole.PEERS[rival.case][0])
-    want = _gradients(setting, whole.Rival(rival.case, "reference", model.double()), [copied for _, copied in pairs])
+    want = _gradients(
+        setting, whole.Rival(rival.case, "reference", model.double()), [copied for _, copied in pairs]
+    )
     tensors = [copied for _, copied in rival.pairs] if rival.ours is not None else [own for own, _ in pairs]
     return largest_error(_gradients(setting, rival, tensors), want)
 
@@ -98,7 +102,8 @@ def _error_of_lora(setting: Setting, rival: whole.Rival) -> float:
 
 
 def measure_part(setting: Setting, report: Report, names: list[str], options: Options) -> None:
-    """Time, operators, host waits and, of a block, bytes saved for the backward; ratios are to the frozen part."""
+    """Time, operators, host waits and, of a block, bytes saved for the backward; ratios are to the frozen
+    part."""
     setting_of = _settings(setting)
     base = whole.llama(setting, 1)
     rivals, unfit = whole.rivals(setting, base, names, options.wanted)
@@ -108,8 +113,12 @@ def measure_part(setting: Setting, report: Report, names: list[str], options: Op
     seconds = interleaved(runs, options.rounds, torch.device(setting.device), warm_up=2)
     for rival in rivals:
         own = setting_of(rival.case)
-        report.add(own, rival.case, rival.name, "time", "s", seconds[rival.key], "frozen", seconds["frozen: frozen"])
-        for quantity, count in zip(("launches", "host waits"), launches_and_waits(runs[rival.key]), strict=True):
+        report.add(
+            own, rival.case, rival.name, "time", "s", seconds[rival.key], "frozen", seconds["frozen: frozen"]
+        )
+        for quantity, count in zip(
+            ("launches", "host waits"), launches_and_waits(runs[rival.key]), strict=True
+        ):
             report.add(own, rival.case, rival.name, quantity, "operators", [float(count)])
     if setting.level == "block":
         frozen = saved_bytes(setting, rivals[0])
@@ -122,8 +131,9 @@ def measure_part(setting: Setting, report: Report, names: list[str], options: Op
 
 
 def saved_bytes(setting: Setting, rival: whole.Rival) -> tuple[float, float]:
-    """Bytes that a part keeps for its backward for each further token, and how many of them are inputs of its frozen linears, which
-    every low-rank adapter keeps for dA. Taken from two lengths, so that weights and their copies in another dtype do not count."""
+    """Bytes that a part keeps for its backward for each further token, and how many of them are inputs of its
+    frozen linears, which every low-rank adapter keeps for dA. Taken from two lengths, so that weights and
+    their copies in another dtype do not count."""
     found = [_kept(replace(setting, tokens=tokens), rival) for tokens in (setting.tokens, 2 * setting.tokens)]
     return tuple((twice - once) / setting.tokens for once, twice in zip(*found, strict=True))
 
@@ -145,7 +155,9 @@ def _settings(setting: Setting) -> Callable[[str], Setting]:
     def of(case: str) -> Setting:
         mixed = case in catalog.names() and catalog.parse(catalog.raw(case)).tuner == "mixture"
         router = catalog.raw(case).get("router", {}).get("kind") if mixed else None
-        return replace(setting, experts=setting.experts if mixed else 0, k=setting.k if router == "topk" else 0)
+        return replace(
+            setting, experts=setting.experts if mixed else 0, k=setting.k if router == "topk" else 0
+        )
 
     return of
 
@@ -154,34 +166,49 @@ def _settings(setting: Setting) -> Callable[[str], Setting]:
 
 
 def measure_model(setting: Setting, report: Report, names: list[str], options: Options) -> None:
-    """Train step beside its FLOP floor, greedy decoding, operators and host waits of a step, each against the frozen model's."""
+    """Train step beside its FLOP floor, greedy decoding, operators and host waits of a step, each against the
+    frozen model's."""
     setting_of, device = _settings(setting), torch.device(setting.device)
     base = whole.llama(setting, options.layers)
     check_starts(setting, report, base, names)
     rivals, unfit = whole.rivals(setting, base, names, options.wanted)
     report.left_out += unfit
     batch, length = whole.shape(setting)
-    ids = torch.randint(3, whole.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(4)).to(device)
+    ids = torch.randint(3, whole.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(4)).to(
+        device
+    )
     runs = {"step": {r.key: lambda r=r: whole.train_step(r, ids) for r in rivals}}
     _models(rivals, training=True)
     if device.type == "cuda":
-        runs["step as a CUDA graph"] = {key: graphed(run) for key, run in runs["step"].items() if not _waits_by_itself(key)}
+        runs["step as a CUDA graph"] = {
+            key: graphed(run) for key, run in runs["step"].items() if not _waits_by_itself(key)
+        }
     for kind, by_rival in runs.items():
         _add_times(report, setting_of, rivals, kind, interleaved(by_rival, options.rounds, device, warm_up=2))
     for rival in rivals:
         own = setting_of(rival.case)
         report.add(
-            own, rival.case, rival.name, "floor of the step", "ratio", [whole.floor(rival.model, length) if rival.case != "frozen" else 1.0]
+            own,
+            rival.case,
+            rival.name,
+            "floor of the step",
+            "ratio",
+            [whole.floor(rival.model, length) if rival.case != "frozen" else 1.0],
         )
-        for quantity, count in zip(("launches", "host waits"), launches_and_waits(runs["step"][rival.key]), strict=True):
+        for quantity, count in zip(
+            ("launches", "host waits"), launches_and_waits(runs["step"][rival.key]), strict=True
+        ):
             report.add(own, rival.case, rival.name, quantity, "operators", [float(count)])
     _models(rivals, training=False)
-    decodes = interleaved({r.key: lambda r=r: whole.decode(r, ids[:1, :32]) for r in rivals}, options.rounds, device)
+    decodes = interleaved(
+        {r.key: lambda r=r: whole.decode(r, ids[:1, :32]) for r in rivals}, options.rounds, device
+    )
     _add_times(report, setting_of, rivals, "decode of 16 tokens", decodes)
 
 
 def check_starts(setting: Setting, report: Report, base: nn.Module, names: list[str]) -> None:
-    """Every method starts at the base (parallel adapters almost), so its logits are the base's before anything is trained."""
+    """Every method starts at the base (parallel adapters almost), so its logits are the base's before
+    anything is trained."""
     ids = torch.arange(3, 19, device=setting.device).unsqueeze(0)
     with torch.no_grad():
         want = base(input_ids=ids).logits
@@ -193,7 +220,9 @@ def check_starts(setting: Setting, report: Report, base: nn.Module, names: list[
                 else {}
             )
             error = relative_error(model(input_ids=ids, **facts).logits, want)
-            report.check(f"model {name} {setting.dtype} width {setting.width}: start", error, DTYPES[setting.dtype])
+            report.check(
+                f"model {name} {setting.dtype} width {setting.width}: start", error, DTYPES[setting.dtype]
+            )
 
 
 def _waits_by_itself(key: str) -> bool:
@@ -206,9 +235,18 @@ def _models(rivals: list[whole.Rival], training: bool) -> None:
         rival.model.train(training)
 
 
-def _add_times(report: Report, setting_of, rivals: list[whole.Rival], quantity: str, seconds: dict[str, list[float]]) -> None:
+def _add_times(
+    report: Report, setting_of, rivals: list[whole.Rival], quantity: str, seconds: dict[str, list[float]]
+) -> None:
     for rival in rivals:
         if rival.key in seconds:
             report.add(
-                setting_of(rival.case), rival.case, rival.name, quantity, "s", seconds[rival.key], "frozen", seconds["frozen: frozen"]
+                setting_of(rival.case),
+                rival.case,
+                rival.name,
+                quantity,
+                "s",
+                seconds[rival.key],
+                "frozen",
+                seconds["frozen: frozen"],
             )

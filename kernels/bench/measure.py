@@ -1,7 +1,8 @@
-"""How the benchmark measures: time in interleaved rounds, launches, host waits, bytes saved for the backward, and agreement.
+"""How the benchmark measures: time in interleaved rounds, launches, host waits, bytes saved for the backward,
+and agreement.
 
-A report is a tidy table, one row a measurement: what was measured (`Setting`, `case`, `rival`, `quantity`, `unit`), its median and
-quartiles over n rounds, and the ratio to another rival of the same rounds.
+A report is a tidy table, one row a measurement: what was measured (`Setting`, `case`, `rival`, `quantity`,
+`unit`), its median and quartiles over n rounds, and the ratio to another rival of the same rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 6e-2}
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes shared by the rivals of one comparison. experts, rank and k are 0 where there are none or several."""
+    """Sizes shared by the rivals of one comparison. experts, rank and k are 0 where there are none or
+    several."""
 
     level: str
     width: int
@@ -52,7 +54,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. case: the method or mixture; ratio: median, over the rounds, of this rival's value to that of `ratio_to`."""
+    """One measurement. case: the method or mixture; ratio: median, over the rounds, of this rival's value to
+    that of `ratio_to`."""
 
     level: str
     width: int
@@ -95,9 +98,24 @@ class Report:
     ) -> Row:
         """One more row from the values of all rounds, and those of the rival it is compared with."""
         q25, median, q75 = quartiles(values)
-        ratio = statistics.median(a / b for a, b in zip(values, reference, strict=True)) if reference else float("nan")
-        row = Row(**asdict(setting), case=case, rival=rival, quantity=quantity, unit=unit, median=median, q25=q25, q75=q75,
-                  n=len(values), ratio_to=ratio_to, ratio=ratio)  # fmt: skip
+        ratio = (
+            statistics.median(a / b for a, b in zip(values, reference, strict=True))
+            if reference
+            else float("nan")
+        )
+        row = Row(
+            **asdict(setting),
+            case=case,
+            rival=rival,
+            quantity=quantity,
+            unit=unit,
+            median=median,
+            q25=q25,
+            q75=q75,
+            n=len(values),
+            ratio_to=ratio_to,
+            ratio=ratio,
+        )
         self.rows.append(row)
         return row
 
@@ -108,7 +126,9 @@ class Report:
     def check(self, what: str, error: float, dtype: torch.dtype) -> None:
         """Note a disagreement where `error` is above the bound of dtype, NaN included."""
         if not error < BOUNDS[dtype]:
-            self.disagreements.append(f"{what}: relative RMS error {error:.1e}, expected below {BOUNDS[dtype]:g}")
+            self.disagreements.append(
+                f"{what}: relative RMS error {error:.1e}, expected below {BOUNDS[dtype]:g}"
+            )
 
     def write(self, path) -> None:
         """The rows as CSV."""
@@ -127,11 +147,15 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return tuple(statistics.quantiles(values, n=4, method="inclusive"))
 
 
-def interleaved(rivals: dict[str, Run], rounds: int, device: torch.device, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each rival in each round. Every round runs all rivals, one after the other, so that a disturbance meets them all.
+def interleaved(
+    rivals: dict[str, Run], rounds: int, device: torch.device, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each rival in each round. Every round runs all rivals, one after the other, so that a
+    disturbance meets them all.
 
-    On a CPU with one thread, CPU time of the process, so that others on the machine count less; with more threads, wall time. On
-    CUDA, the device's time between two events; the host waits once a round, outside of what is timed.
+    On a CPU with one thread, CPU time of the process, so that others on the machine count less; with more
+    threads, wall time. On CUDA, the device's time between two events; the host waits once a round, outside of
+    what is timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for i in range(warm_up + rounds):
@@ -164,7 +188,8 @@ def _cuda_round(rivals: dict[str, Run]) -> dict[str, float]:
 
 
 def graphed(run: Run) -> Run:
-    """`run` captured as a CUDA graph and replayed: no launch costs. Raises what CUDA raises where `run` waits for the host."""
+    """`run` captured as a CUDA graph and replayed: no launch costs. Raises what CUDA raises where `run` waits
+    for the host."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -180,7 +205,8 @@ def graphed(run: Run) -> Run:
 # What a pass does besides taking time
 
 WAITS = (
-    "nonzero", "_local_scalar_dense", "masked_select", "bincount", "_unique", "_unique2", "unique_dim", "unique_consecutive",
+    "nonzero", "_local_scalar_dense", "masked_select", "bincount", "_unique", "_unique2", "unique_dim",
+    "unique_consecutive",
     "unique_dim_consecutive", "histc", "equal", "is_nonzero",
 )  # fmt: skip
 """aten operators whose result the host must read (a value, or the size of an output), by their base name."""
@@ -197,8 +223,8 @@ def waits(func: torch._ops.OpOverload, args: tuple) -> bool:
 
 
 class Counted(TorchDispatchMode):
-    """Counts what runs inside: `launches` (operators that are neither views nor bare allocations, a proxy for kernel launches) and
-    `waits`, both by operator name."""
+    """Counts what runs inside: `launches` (operators that are neither views nor bare allocations, a proxy for
+    kernel launches) and `waits`, both by operator name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +233,9 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
-        bare = func.is_view or name.startswith(("aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "aten.sym_", "prim."))
+        bare = func.is_view or name.startswith(
+            ("aten.empty", "aten.new_empty", "aten.detach", "aten._unsafe_view", "aten.sym_", "prim.")
+        )
         self.launches[name] += not bare
         if waits(func, args):
             self.waits[name] += 1
@@ -223,8 +251,8 @@ def launches_and_waits(run: Run) -> tuple[int, int]:
 
 @contextmanager
 def saved_storages() -> Iterator[dict[int, int]]:
-    """Bytes of each storage kept for the backward by what runs inside, by address; a storage counts once. The storages are kept alive
-    until the block ends, so that no address serves twice."""
+    """Bytes of each storage kept for the backward by what runs inside, by address; a storage counts once. The
+    storages are kept alive until the block ends, so that no address serves twice."""
     found, alive = {}, []
 
     def pack(t: Tensor) -> Tensor:
@@ -247,6 +275,10 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def largest_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Largest relative RMS error over the tensors of a reference; NaN where one is not there or not finite."""
-    errors = [relative_error(got[name], t) if got.get(name) is not None else float("nan") for name, t in want.items()]
+    """Largest relative RMS error over the tensors of a reference; NaN where one is not there or not
+    finite."""
+    errors = [
+        relative_error(got[name], t) if got.get(name) is not None else float("nan")
+        for name, t in want.items()
+    ]
     return float("nan") if any(e != e for e in errors) else max(errors)

@@ -1,7 +1,8 @@
-"""An attached mixture run the way other code runs it: a copy of the base whose linears and feed-forward blocks hold the same tensors and
-take the same routing decisions, in one of the forms of `forms`.
+"""An attached mixture run the way other code runs it: a copy of the base whose linears and feed-forward
+blocks hold the same tensors and take the same routing decisions, in one of the forms of `forms`.
 
-Made for the methods whose routers are linear maps of the token (MoLoRA, top-k, AdaMoLE, HydraLoRA) and for MixLoRA.
+Made for the methods whose routers are linear maps of the token (MoLoRA, top-k, AdaMoLE, HydraLoRA) and for
+MixLoRA.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class _Peer(nn.Module):
         self.router: Router | None = site.router
         self.form = form
         self.scale = _scale(site)
-        self.own = nn.ParameterDict({f"bank_{k}": nn.Parameter(t.detach().clone()) for k, t in site.banks[0].tensors.items()})
+        self.own = nn.ParameterDict(
+            {f"bank_{k}": nn.Parameter(t.detach().clone()) for k, t in site.banks[0].tensors.items()}
+        )
         self.own.update({f"router_{k}": nn.Parameter(t.detach().clone()) for k, t in site.tensors.items()})
 
     def part(self, prefix: str) -> dict[str, Tensor]:
@@ -39,7 +42,9 @@ class _Peer(nn.Module):
             return Routing(weights=x.new_ones(x.shape[0], 1))
         full = lowrank.full_precision(x.dtype)
         weight, bias = self.router.heads(self.part("router_"))
-        return self.router.route(F.linear(x.to(full), weight.to(full), None if bias is None else bias.to(full)), self.training)
+        return self.router.route(
+            F.linear(x.to(full), weight.to(full), None if bias is None else bias.to(full)), self.training
+        )
 
 
 class PeerLinear(_Peer):
@@ -69,12 +74,16 @@ class PeerFeedForward(_Peer):
 
 
 def peer(attached: nn.Module, base: nn.Module, form: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
-    """A copy of `base` with the mixtures of `attached` in the given form, and the pairs of a trained tensor of `attached` and its copy.
+    """A copy of `base` with the mixtures of `attached` in the given form, and the pairs of a trained tensor
+    of `attached` and its copy.
 
-    form: one of forms.FORMS for linears, of forms.FFN_FORMS for feed-forward blocks (whose attention LoRA then runs as `loop`).
+    form: one of forms.FORMS for linears, of forms.FFN_FORMS for feed-forward blocks (whose attention LoRA
+    then runs as `loop`).
     """
     model, pairs = copy.deepcopy(base), []
-    for layer, (name, module) in zip(attached.base_model.mixture_layers(), decoder_layers(model).items(), strict=True):
+    for layer, (name, module) in zip(
+        attached.base_model.mixture_layers(), decoder_layers(model).items(), strict=True
+    ):
         described = DecoderLayer(name, module, model.config)
         for site in layer_sites(layer):
             if site.kind == "ffn":
@@ -82,7 +91,11 @@ def peer(attached: nn.Module, base: nn.Module, form: str) -> tuple[nn.Module, li
                 setattr(module, described.feed_forward_name, made)
             else:
                 place = described.places[site.banks[0].place]
-                made = PeerLinear(place.linear, site, forms.FORMS[form] if site.router is not None and form in forms.FORMS else forms.loop)
+                made = PeerLinear(
+                    place.linear,
+                    site,
+                    forms.FORMS[form] if site.router is not None and form in forms.FORMS else forms.loop,
+                )
                 setattr(place.parent, place.attribute, made)
             pairs += [(t, made.own[f"bank_{k}"]) for k, t in site.banks[0].tensors.items()]
             pairs += [(t, made.own[f"router_{k}"]) for k, t in site.tensors.items()]

@@ -35,9 +35,16 @@ def draw(report: Report, path: Path) -> None:
         axis.barh([f"{r.case}: {r.rival}" for r in rows], [r.ratio for r in rows], color="#4477aa")
         if rows[0].quantity == "step":
             floors = {
-                (r.case, r.rival): r.median for r in report.find(quantity="floor of the step", width=rows[0].width, dtype=rows[0].dtype)
+                (r.case, r.rival): r.median
+                for r in report.find(quantity="floor of the step", width=rows[0].width, dtype=rows[0].dtype)
             }
-            axis.plot([floors[r.case, r.rival] for r in rows], range(len(rows)), "k|", markersize=9, label="floor by FLOPs")
+            axis.plot(
+                [floors[r.case, r.rival] for r in rows],
+                range(len(rows)),
+                "k|",
+                markersize=9,
+                label="floor by FLOPs",
+            )
             axis.legend(loc="lower right")
         axis.axvline(1, color="#bbbbbb", linewidth=1, zorder=0)
         axis.set(title=title, xlim=(0, None), xlabel=f"ratio to {rows[0].ratio_to}")

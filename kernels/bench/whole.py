@@ -1,9 +1,11 @@
-"""Levels `linear`, `ffn`, `block` and `model`: methods as their users attach them, on parts of a stock Llama or on all of it.
+"""Levels `linear`, `ffn`, `block` and `model`: methods as their users attach them, on parts of a stock Llama
+or on all of it.
 
 `linear`  its output projection (width x width): soft and top-k mixtures against PEFT's LoRA
 `ffn`     its feed-forward block: MixLoRA against the published and the plain form
 `block`   one decoder layer, forward and backward from a random gradient
-`model`   a train step (loss and auxiliary losses, backward), greedy decoding, on CUDA also the step as a graph
+`model`   a train step (loss and auxiliary losses, backward), greedy decoding, on CUDA also the step as a
+          graph
 
 Ratios are to the frozen base in the same rounds. B is drawn at random, so that nothing is at its zero start.
 """
@@ -35,8 +37,8 @@ VOCABULARY = 1536
 
 @dataclass
 class Rival:
-    """One model under test. case: the method; name: how it runs; backend: of our kernels; ours: the attached mixture that a peer copies,
-    with pairs of (tensor of ours, its copy here)."""
+    """One model under test. case: the method; name: how it runs; backend: of our kernels; ours: the attached
+    mixture that a peer copies, with pairs of (tensor of ours, its copy here)."""
 
     case: str
     name: str
@@ -51,8 +53,8 @@ class Rival:
 
 
 def llama(setting: Setting, layers: int, seed: int = 0) -> nn.Module:
-    """A frozen random Llama. Up to width 2048 inner width 43/16 of it and all heads their own keys; above, the shape of Llama-3.1-8B's
-    layers (inner width 3.5 times, four query heads a key)."""
+    """A frozen random Llama. Up to width 2048 inner width 43/16 of it and all heads their own keys; above,
+    the shape of Llama-3.1-8B's layers (inner width 3.5 times, four query heads a key)."""
     torch.manual_seed(seed)
     large = setting.width > 2048
     heads = max(1, setting.width // 128) if large else 8
@@ -70,18 +72,30 @@ def llama(setting: Setting, layers: int, seed: int = 0) -> nn.Module:
 
 
 def sized(name: str, setting: Setting) -> dict:
-    """A method's data with the setting's experts, rank and k, without dropout; mixtures of linears on all seven (level `linear`: on the
-    output projection). Methods with other adapters keep their own sizes."""
-    data, of_linears = catalog.raw(name), {"dropout": 0.0, "targets": ["o"] if setting.level == "linear" else list(SEVEN)}
+    """A method's data with the setting's experts, rank and k, without dropout; mixtures of linears on all
+    seven (level `linear`: on the output projection). Methods with other adapters keep their own sizes."""
+    data, of_linears = (
+        catalog.raw(name),
+        {"dropout": 0.0, "targets": ["o"] if setting.level == "linear" else list(SEVEN)},
+    )
     experts = data.get("experts", {})
     if data.get("tuner") == "peft":
         return catalog.override(data, {"experts": {"r": setting.rank, "alpha": setting.rank} | of_linears})
     if experts.get("kind") == "ffn_lora":
-        data = catalog.override(data, {"experts": {"n": setting.experts, "r": setting.rank, "alpha": 2 * setting.rank, "dropout": 0.0}})
+        data = catalog.override(
+            data,
+            {"experts": {"n": setting.experts, "r": setting.rank, "alpha": 2 * setting.rank, "dropout": 0.0}},
+        )
         data = data | {"also": None} if setting.level == "ffn" else data
     elif "kind" in experts:
-        data = catalog.override(data, {"experts": {"n": setting.experts, "r": setting.rank, "alpha": setting.rank} | of_linears})
-    return catalog.override(data, {"router": {"k": setting.k}}) if data.get("router", {}).get("kind") == "topk" else data
+        data = catalog.override(
+            data, {"experts": {"n": setting.experts, "r": setting.rank, "alpha": setting.rank} | of_linears}
+        )
+    return (
+        catalog.override(data, {"router": {"k": setting.k}})
+        if data.get("router", {}).get("kind") == "topk"
+        else data
+    )
 
 
 def wake(model: nn.Module, seed: int = 2) -> nn.Module:
@@ -100,7 +114,8 @@ def attach(name: str, base: nn.Module, setting: Setting) -> nn.Module:
 
 
 def peft_lora(base: nn.Module, setting: Setting, rank: int, own_dtype: bool) -> nn.Module:
-    """PEFT's LoRA where our mixtures sit; own_dtype: adapters in the model's dtype instead of PEFT's default, fp32."""
+    """PEFT's LoRA where our mixtures sit; own_dtype: adapters in the model's dtype instead of PEFT's default,
+    fp32."""
     torch.manual_seed(1)
     targets = [n for role in (("o",) if setting.level == "linear" else SEVEN) for n in PEFT_NAMES[role]]
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
@@ -115,8 +130,11 @@ PEERS = {
 """Forms of other code that a method is compared with."""
 
 
-def rivals(setting: Setting, base: nn.Module, names: list[str], wanted: Wanted) -> tuple[list[Rival], list[str]]:
-    """The frozen base, PEFT's LoRA, and each method as ours and in the forms of other code; what cannot run here, with the reason."""
+def rivals(
+    setting: Setting, base: nn.Module, names: list[str], wanted: Wanted
+) -> tuple[list[Rival], list[str]]:
+    """The frozen base, PEFT's LoRA, and each method as ours and in the forms of other code; what cannot run
+    here, with the reason."""
     cuda = torch.device(setting.device).type == "cuda"
     widths = (base.config.hidden_size, base.config.intermediate_size)
     found, unfit = [Rival("frozen", "frozen", base)], []
@@ -160,7 +178,10 @@ def shape(setting: Setting) -> tuple[int, int]:
 def hidden(setting: Setting, seed: int = 3) -> tuple[Tensor, Tensor]:
     """Hidden states [B, L, d] that ask for a gradient, and a gradient of the output."""
     generator, dtype = torch.Generator().manual_seed(seed), DTYPES[setting.dtype]
-    drawn = [torch.randn(*shape(setting), setting.width, generator=generator).to(setting.device, dtype) for _ in range(2)]
+    drawn = [
+        torch.randn(*shape(setting), setting.width, generator=generator).to(setting.device, dtype)
+        for _ in range(2)
+    ]
     return drawn[0].requires_grad_(), drawn[1]
 
 
@@ -182,11 +203,16 @@ def forward_backward(setting: Setting, rival: Rival, x: Tensor, dy: Tensor) -> T
 
 def facts(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     """What a forward takes besides token ids [B, L]: a skill for each sequence, for routers that read it."""
-    return {"skill_ids": torch.arange(len(ids), device=ids.device)} if getattr(model, "accepts_skill_ids", False) else {}
+    return (
+        {"skill_ids": torch.arange(len(ids), device=ids.device)}
+        if getattr(model, "accepts_skill_ids", False)
+        else {}
+    )
 
 
 def train_step(rival: Rival, ids: Tensor) -> Tensor:
-    """Loss and auxiliary losses of a whole model, and their gradients; the frozen base's go back to the embeddings' output."""
+    """Loss and auxiliary losses of a whole model, and their gradients; the frozen base's go back to the
+    embeddings' output."""
     model = rival.model
     clear(model)
     with backend.use(rival.backend):
@@ -206,30 +232,39 @@ def decode(rival: Rival, ids: Tensor, new: int = 16) -> None:
     with torch.no_grad(), backend.use(rival.backend):
         out = model(input_ids=ids, use_cache=True, **facts(model, ids))
         for _ in range(new):
-            out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+            out = model(
+                input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True
+            )
 
 
 def floor(model: nn.Module, length: int) -> float:
-    """FLOPs of a step over those of the frozen base: 4 a frozen weight and 6 a trained one for each token, plus causal attention."""
+    """FLOPs of a step over those of the frozen base: 4 a frozen weight and 6 a trained one for each token,
+    plus causal attention."""
     config = model.config
-    frozen = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad)
+    frozen = sum(
+        m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad
+    )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() == 2)
     return 1 + 6 * trained / (4 * frozen + 7 * length * config.hidden_size * config.num_hidden_layers)
 
 
 def linear_inputs(model: nn.Module) -> tuple[dict[int, Tensor], list]:
-    """What the frozen linears of a model read, by storage address, filled as it runs (and kept alive, so that no address serves twice);
-    and the hooks that fill it."""
+    """What the frozen linears of a model read, by storage address, filled as it runs (and kept alive, so that
+    no address serves twice); and the hooks that fill it."""
     seen: dict[int, Tensor] = {}
 
     def see(module, args):
         seen[args[0].untyped_storage().data_ptr()] = args[0].detach()
 
-    frozen = [m for n, m in model.named_modules() if isinstance(m, nn.Linear | RoutedLinear) and ".lora_" not in n]
+    frozen = [
+        m for n, m in model.named_modules() if isinstance(m, nn.Linear | RoutedLinear) and ".lora_" not in n
+    ]
     return seen, [m.register_forward_pre_hook(see) for m in frozen]
 
 
 def small(setting: Setting) -> Setting:
-    """The same comparison at 64 tokens, to check it; of whole blocks in fp32, since in bf16 a rounded hidden state may select another
-    expert."""
-    return replace(setting, tokens=min(setting.tokens, 64), dtype="fp32" if setting.level == "block" else setting.dtype)
+    """The same comparison at 64 tokens, to check it; of whole blocks in fp32, since in bf16 a rounded hidden
+    state may select another expert."""
+    return replace(
+        setting, tokens=min(setting.tokens, 64), dtype="fp32" if setting.level == "block" else setting.dtype
+    )

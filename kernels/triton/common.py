@@ -1,4 +1,5 @@
-"""What the Triton kernels share: tiles over rank rows, products, and how a variant is described for the offline gate."""
+"""What the Triton kernels share: tiles over rank rows, products, and how a variant is described for the
+offline gate."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import triton.language as tl
 from moabench.kernels import backend
 
 UPCAST = tl.constexpr(backend.interpreted())
-"""In the interpreter `tl.dot` multiplies the bit patterns of bf16: operands become fp32 there, which is exact."""
+"""In the interpreter `tl.dot` multiplies the bit patterns of bf16: operands become fp32 there, which is
+exact."""
 
 
 @triton.jit
@@ -36,8 +38,9 @@ def dot_exact(x, h, acc, PRECISION: tl.constexpr):
 
 
 def pieces(rows: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Widths, powers of two from 16 on (the second may be 0), of the two tiles that hold the rank rows of one program with little to
-    spare: 24 -> (16, 16), 72 -> (64, 16), 192 -> (128, 64). More than 192 rows (fp32: 128) take several programs."""
+    """Widths, powers of two from 16 on (the second may be 0), of the two tiles that hold the rank rows of one
+    program with little to spare: 24 -> (16, 16), 72 -> (64, 16), 192 -> (128, 64). More than 192 rows (fp32:
+    128) take several programs."""
     rows = min(max(rows, 1), 128 if dtype == torch.float32 else 192)
     first = max(16, 1 << (rows.bit_length() - 1))
     rest = rows - first
@@ -45,9 +48,12 @@ def pieces(rows: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def parts_of(length: int, step: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts a sum over `length` goes so that `programs` programs a part fill the device, and the length of one part, a
-    multiple of `step`. On a CPU (the interpreter) two, so that the sum over parts is tested."""
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Into how many parts a sum over `length` goes so that `programs` programs a part fill the device, and
+    the length of one part, a multiple of `step`. On a CPU (the interpreter) two, so that the sum over parts
+    is tested."""
+    wanted = (
+        2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    )
     steps = triton.cdiv(length, step)
     parts = max(1, min(steps, wanted // max(1, programs)))
     per_part = triton.cdiv(steps, parts)
@@ -70,7 +76,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with everything that a compilation needs. arguments: type of each argument that is not constexpr ("*bf16", "i32")."""
+    """One kernel with everything that a compilation needs. arguments: type of each argument that is not
+    constexpr ("*bf16", "i32")."""
 
     name: str
     kernel: Any

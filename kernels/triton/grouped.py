@@ -5,8 +5,9 @@
     grouped_sum_      Y += the rows of each token, in the order of its selections
     grouped_outer     sum of s x_t^T over each expert's rows, in their order
 
-A tile belongs to one expert: the grid has as many tiles as the worst load needs, and each program finds its own in the ends, so the host
-knows nothing of the load. Shapes: T tokens, K selections a token, N rows, E experts, D wide, R narrow. Sums are fp32.
+A tile belongs to one expert: the grid has as many tiles as the worst load needs, and each program finds its
+own in the ends, so the host knows nothing of the load. Shapes: T tokens, K selections a token, N rows, E
+experts, D wide, R narrow. Sums are fp32.
 """
 
 from __future__ import annotations
@@ -52,9 +53,15 @@ def product_kernel(
             k = begin + tl.arange(0, BK)
             inside = k < D
             left = tl.load(at_x + k[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-            right = tl.load(at_w + k[:, None].to(tl.int64) * w_col, mask=inside[:, None] & (r[None, :] < R), other=0.0)
+            right = tl.load(
+                at_w + k[:, None].to(tl.int64) * w_col, mask=inside[:, None] & (r[None, :] < R), other=0.0
+            )
             acc = dot(left, right, acc, PRECISION)
-        tl.store(s + rows.to(tl.int64)[:, None] * R + r[None, :], acc.to(s.dtype.element_ty), mask=live[:, None] & (r[None, :] < R))
+        tl.store(
+            s + rows.to(tl.int64)[:, None] * R + r[None, :],
+            acc.to(s.dtype.element_ty),
+            mask=live[:, None] & (r[None, :] < R),
+        )
 
 
 @triton.jit
@@ -71,7 +78,11 @@ def wide_kernel(
         at_w = w + expert.to(tl.int64) * w_expert + columns[None, :].to(tl.int64) * w_col
         for begin in range(0, R, P):
             r = begin + tl.arange(0, P)
-            left = tl.load(s + rows.to(tl.int64)[:, None] * s_row + r[None, :], mask=live[:, None] & (r[None, :] < R), other=0.0)
+            left = tl.load(
+                s + rows.to(tl.int64)[:, None] * s_row + r[None, :],
+                mask=live[:, None] & (r[None, :] < R),
+                other=0.0,
+            )
             right = tl.load(at_w + r[:, None] * w_row, mask=(r[:, None] < R) & inside[None, :], other=0.0)
             acc = dot(left, right, acc, PRECISION)
         at = out + rows.to(tl.int64)[:, None] * D + columns[None, :]
@@ -108,8 +119,14 @@ def outer_kernel(
         rows = begin + tl.arange(0, BM)
         live = rows < end
         token = tl.load(tokens + rows, mask=live, other=0)
-        left = tl.load(x + token[None, :] * x_row + columns[:, None], mask=inside[:, None] & live[None, :], other=0.0)
-        right = tl.load(s + rows.to(tl.int64)[:, None] * s_row + r[None, :], mask=live[:, None] & (r[None, :] < R), other=0.0)
+        left = tl.load(
+            x + token[None, :] * x_row + columns[:, None], mask=inside[:, None] & live[None, :], other=0.0
+        )
+        right = tl.load(
+            s + rows.to(tl.int64)[:, None] * s_row + r[None, :],
+            mask=live[:, None] & (r[None, :] < R),
+            other=0.0,
+        )
         acc = dot(left, right, acc, PRECISION)
     at = out + expert.to(tl.int64) * R * D + columns[:, None] + r[None, :].to(tl.int64) * D
     tl.store(at, acc.to(out.dtype.element_ty), mask=inside[:, None] & (r[None, :] < R))
@@ -203,13 +220,23 @@ def _(s, ends, w):
 
 @torch.library.custom_op("moabench::grouped_sum_", mutates_args=("y",))
 def grouped_sum_(y: Tensor, wide: Tensor, rows: Tensor) -> None:
-    """`y_t += sum_k wide[rows_tk]` in place; y [T, D] with unit column stride, wide [N, D], rows [T, K] int64."""
+    """`y_t += sum_k wide[rows_tk]` in place; y [T, D] with unit column stride, wide [N, D], rows [T, K]
+    int64."""
     (t, d), rows = y.shape, rows.contiguous()
     if not y.numel() or not rows.numel():
         return
     tile = sum_tile()
     sum_kernel[(triton.cdiv(t, tile.sizes["BM"]), triton.cdiv(d, tile.sizes["BN"]))](
-        y, wide.contiguous(), rows, t, d, rows.shape[1], y.stride(0), **tile.sizes, num_warps=tile.num_warps, num_stages=tile.num_stages
+        y,
+        wide.contiguous(),
+        rows,
+        t,
+        d,
+        rows.shape[1],
+        y.stride(0),
+        **tile.sizes,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
 
 
@@ -220,7 +247,8 @@ def _(y, wide, rows):
 
 @torch.library.custom_op("moabench::grouped_outer", mutates_args=())
 def grouped_outer(s: Tensor, x: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
-    """`sum s x_t^T` [E, R, D] over each expert's rows, of s [N, R], x [T, D], tokens [N] int64 and ends [E] int32."""
+    """`sum s x_t^T` [E, R, D] over each expert's rows, of s [N, R], x [T, D], tokens [N] int64 and ends [E]
+    int32."""
     s, x = _contiguous_rows(s), _contiguous_rows(x)
     r, d, experts = s.shape[1], x.shape[1], ends.shape[0]
     out = x.new_empty(experts, r, d)
@@ -259,9 +287,15 @@ def variants(dtype: torch.dtype) -> list[Variant]:
     p, found = pointer(dtype), []
     common, precise = {"tokens": "*i64", "ends": "*i32"}, {"PRECISION": precision(dtype)}
 
-    def add(name: str, kernel, pointers: dict[str, str], tile: Tile, products: bool = True, **constants) -> None:
+    def add(
+        name: str, kernel, pointers: dict[str, str], tile: Tile, products: bool = True, **constants
+    ) -> None:
         constants |= precise if products else {}
-        ints = {n: "i32" for n in kernel.arg_names if n not in pointers and n not in constants and n not in tile.sizes}
+        ints = {
+            n: "i32"
+            for n in kernel.arg_names
+            if n not in pointers and n not in constants and n not in tile.sizes
+        }
         found.append(Variant(name, kernel, pointers | ints, constants, tile, products))
 
     for r in (8, 24, 64):
@@ -269,7 +303,13 @@ def variants(dtype: torch.dtype) -> list[Variant]:
             for of, one in (("A", {"w_col": 1}), ("B", {"w_row": 1})):
                 name = f"R{r} E{experts} {of}"
                 pointers = {"x": p, "w": p, "s": p} | common
-                add(f"grouped product {name}", product_kernel, pointers, product_tile(r, experts, dtype), **one)
+                add(
+                    f"grouped product {name}",
+                    product_kernel,
+                    pointers,
+                    product_tile(r, experts, dtype),
+                    **one,
+                )
                 pointers = {"s": p, "w": p, "out": p, "ends": "*i32"}
                 add(f"grouped wide {name}", wide_kernel, pointers, wide_tile(r, experts, dtype), **one)
         add(f"grouped outer R{r}", outer_kernel, {"s": p, "x": p, "out": p} | common, outer_tile(r, dtype))

@@ -4,8 +4,9 @@
     expand_add_  Y += S B^T in place, any strides; also dX += dS A
     outer        S^T Y, a sum over tokens, in two steps of fixed order
 
-Shapes: T tokens, D input width, N output width, R rank rows, H router rows. Sums are fp32. What an fp32 router loses on bf16 tensor cores
-is given back by taking its weight as a sum of three bf16 numbers (24 bits), whose products with a bf16 X are exact.
+Shapes: T tokens, D input width, N output width, R rank rows, H router rows. Sums are fp32. What an fp32
+router loses on bf16 tensor cores is given back by taking its weight as a sum of three bf16 numbers (24 bits),
+whose products with a bf16 X are exact.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ def shrink_kernel(
     P1: tl.constexpr, P2: tl.constexpr, PH: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BM tokens and up to P1 + P2 rank rows over one of gridDim.y parts of D (`split` columns each). The first group of rank
-    rows (program_id 2) also takes the router rows. PARTIAL: s [parts, T, R] and z [parts, T, H] are fp32 parts to be summed."""
+    """One tile of BM tokens and up to P1 + P2 rank rows over one of gridDim.y parts of D (`split` columns
+    each). The first group of rank rows (program_id 2) also takes the router rows. PARTIAL: s [parts, T, R]
+    and z [parts, T, H] are fp32 parts to be summed."""
     tokens = tl.program_id(0) * BM + tl.arange(0, BM)
     part, first = tl.program_id(1), tl.program_id(2) * (P1 + P2)
     live = tokens[:, None] < T
@@ -42,13 +44,21 @@ def shrink_kernel(
         k = start + tl.arange(0, BK)
         inside = k < D
         tile = tl.load(rows + k[None, :], mask=live & inside[None, :], other=0.0)
-        a1 = tl.load(a + r1[None, :] * a_row + k[:, None] * a_col, mask=(r1[None, :] < R) & inside[:, None], other=0.0)
+        a1 = tl.load(
+            a + r1[None, :] * a_row + k[:, None] * a_col, mask=(r1[None, :] < R) & inside[:, None], other=0.0
+        )
         acc1 = dot(tile, a1, acc1, PRECISION)
         if P2 > 0:
-            a2 = tl.load(a + r2[None, :] * a_row + k[:, None] * a_col, mask=(r2[None, :] < R) & inside[:, None], other=0.0)
+            a2 = tl.load(
+                a + r2[None, :] * a_row + k[:, None] * a_col,
+                mask=(r2[None, :] < R) & inside[:, None],
+                other=0.0,
+            )
             acc2 = dot(tile, a2, acc2, PRECISION)
         if PH > 0:
-            ht = tl.load(h + rh[None, :] * h_row + k[:, None], mask=(rh[None, :] < H) & inside[:, None], other=0.0)
+            ht = tl.load(
+                h + rh[None, :] * h_row + k[:, None], mask=(rh[None, :] < H) & inside[:, None], other=0.0
+            )
             acch = dot_exact(tile, ht, acch, PRECISION)
     out = tokens[:, None].to(tl.int64)
     if PARTIAL:
@@ -73,7 +83,9 @@ def expand_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, R, P):
         r = start + tl.arange(0, P)
-        left = tl.load(s + tokens[:, None].to(tl.int64) * s_row + r[None, :], mask=live & (r[None, :] < R), other=0.0)
+        left = tl.load(
+            s + tokens[:, None].to(tl.int64) * s_row + r[None, :], mask=live & (r[None, :] < R), other=0.0
+        )
         right = tl.load(
             b + columns[None, :].to(tl.int64) * b_row + r[:, None].to(tl.int64) * b_col,
             mask=(columns[None, :] < N) & (r[:, None] < R),
@@ -91,7 +103,8 @@ def outer_kernel(
     y, s, out, T, N, R, chunk, y_row, s_row,
     P1: tl.constexpr, P2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[part, R, BN] = S^T Y over the `chunk` tokens of one part, fp32. The tile is Y^T S, whose tall side suits the tensor cores."""
+    """out[part, R, BN] = S^T Y over the `chunk` tokens of one part, fp32. The tile is Y^T S, whose tall side
+    suits the tensor cores."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     part, first = tl.program_id(1), tl.program_id(2) * (P1 + P2)
     r1 = first + tl.arange(0, P1)
@@ -105,10 +118,14 @@ def outer_kernel(
         live = tokens < T
         offset = tokens.to(tl.int64)
         left = tl.load(y + offset[None, :] * y_row + columns[:, None], mask=wide & live[None, :], other=0.0)
-        right = tl.load(s + offset[:, None] * s_row + r1[None, :], mask=live[:, None] & (r1[None, :] < R), other=0.0)
+        right = tl.load(
+            s + offset[:, None] * s_row + r1[None, :], mask=live[:, None] & (r1[None, :] < R), other=0.0
+        )
         acc1 = dot(left, right, acc1, PRECISION)
         if P2 > 0:
-            right = tl.load(s + offset[:, None] * s_row + r2[None, :], mask=live[:, None] & (r2[None, :] < R), other=0.0)
+            right = tl.load(
+                s + offset[:, None] * s_row + r2[None, :], mask=live[:, None] & (r2[None, :] < R), other=0.0
+            )
             acc2 = dot(left, right, acc2, PRECISION)
     at = out + part.to(tl.int64) * R * N + columns[:, None]
     tl.store(at + r1[None, :].to(tl.int64) * N, acc1, mask=wide & (r1[None, :] < R))
@@ -120,7 +137,8 @@ def outer_kernel(
 
 
 def shrink_tile(rows: int, heads: int, dtype: torch.dtype) -> Tile:
-    """BM tokens by BK columns for `rows` rank rows and `heads` router rows (whose three parts are held at once)."""
+    """BM tokens by BK columns for `rows` rank rows and `heads` router rows (whose three parts are held at
+    once)."""
     p1, p2 = pieces(rows, dtype)
     ph = 0 if not heads else max(16, triton.next_power_of_2(heads))
     sizes, held = {"P1": p1, "P2": p2, "PH": ph}, p1 + p2 + 3 * ph
@@ -152,7 +170,8 @@ def outer_tile(rows: int, dtype: torch.dtype) -> Tile:
 
 @torch.library.custom_op("moabench::shrink", mutates_args=())
 def shrink(x: Tensor, a: Tensor, heads: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`S = x a^T` [T, R] in x's dtype and `Z = x heads^T` [T, H] in fp32 (H = 0 without heads); a [R, D] of any strides."""
+    """`S = x a^T` [T, R] in x's dtype and `Z = x heads^T` [T, H] in fp32 (H = 0 without heads); a [R, D] of
+    any strides."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     heads = None if heads is None else heads.float().contiguous()
     (tokens, d), rows, n = x.shape, a.shape[0], 0 if heads is None else heads.shape[0]
@@ -170,7 +189,8 @@ def shrink(x: Tensor, a: Tensor, heads: Tensor | None) -> tuple[Tensor, Tensor]:
     shrink_kernel[(blocks, parts, groups)](
         x, a, x if heads is None else heads, out_s, out_z, tokens, d, rows, n, split,
         x.stride(0), a.stride(0), a.stride(1), 0 if heads is None else heads.stride(0),
-        **sizes, PARTIAL=parts > 1, PRECISION=precision(x.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **sizes, PARTIAL=parts > 1, PRECISION=precision(x.dtype), num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
     return (s, z) if parts == 1 else (out_s.sum(0).to(x.dtype), out_z.sum(0))
 
@@ -248,20 +268,37 @@ def add_(y: Tensor, s: Tensor, b: Tensor) -> Tensor:
 
 
 def variants(dtype: torch.dtype) -> list[Variant]:
-    """The compilations that a GPU would ask for: ranks 8 to 256, with and without routers, whole and split sums, and the transposed
-    matrices of the backward."""
+    """The compilations that a GPU would ask for: ranks 8 to 256, with and without routers, whole and split
+    sums, and the transposed matrices of the backward."""
     p, found = pointer(dtype), []
     precise = {"PRECISION": precision(dtype)}
 
     def add(name: str, kernel, pointers: dict[str, str], tile: Tile, **constants) -> None:
-        ints = {n: "i32" for n in kernel.arg_names if n not in pointers and n not in constants and n not in tile.sizes and n != "PRECISION"}
+        ints = {
+            n: "i32"
+            for n in kernel.arg_names
+            if n not in pointers and n not in constants and n not in tile.sizes and n != "PRECISION"
+        }
         found.append(Variant(name, kernel, pointers | ints, constants | precise, tile))
 
     for rows in (8, 24, 64, 128, 192, 256):
         tile = shrink_tile(rows, 0, dtype)
-        add(f"shrink R{rows} of dY", shrink_kernel, {"x": p, "a": p, "h": p, "s": p, "z": "*fp32"}, tile, a_row=1, PARTIAL=False)
+        add(
+            f"shrink R{rows} of dY",
+            shrink_kernel,
+            {"x": p, "a": p, "h": p, "s": p, "z": "*fp32"},
+            tile,
+            a_row=1,
+            PARTIAL=False,
+        )
         for heads, partial in ((0, False), (8, False), (24, True)):
-            pointers = {"x": p, "a": p, "h": "*fp32" if heads else p, "s": "*fp32" if partial else p, "z": "*fp32"}
+            pointers = {
+                "x": p,
+                "a": p,
+                "h": "*fp32" if heads else p,
+                "s": "*fp32" if partial else p,
+                "z": "*fp32",
+            }
             name = f"shrink R{rows} H{heads}{' split' if partial else ''}"
             add(name, shrink_kernel, pointers, shrink_tile(rows, heads, dtype), a_col=1, PARTIAL=partial)
         for name, one in ((f"expand R{rows}", "b_col"), (f"expand R{rows} of dX", "b_row")):

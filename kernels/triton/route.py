@@ -1,7 +1,8 @@
-"""Triton kernels of routing: scores to weights with the expert load of the tile, and the gradient of the scores, one launch each.
+"""Triton kernels of routing: scores to weights with the expert load of the tile, and the gradient of the
+scores, one launch each.
 
-Shapes: T tokens, G sites, E experts, H = E + ADAPTIVE scores, K selected. One program holds BM tokens of one site and all its experts.
-Everything is fp32; ties go to the lower index.
+Shapes: T tokens, G sites, E experts, H = E + ADAPTIVE scores, K selected. One program holds BM tokens of one
+site and all its experts. Everything is fp32; ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ SIZES = tl.constexpr(len(TOTALS))
 
 
 @triton.jit
-def _select(key, p, inside, live, ids, at_ids, k, mass, E, TOP_K: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr):
-    """Which experts are chosen [BM, BE], by rounds that take the largest key left. TOP_K: k rounds, whose experts go to ids; else E
-    rounds, and those count before which less than `mass` of p was taken."""
+def _select(
+    key, p, inside, live, ids, at_ids, k, mass, E, TOP_K: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr
+):
+    """Which experts are chosen [BM, BE], by rounds that take the largest key left. TOP_K: k rounds, whose
+    experts go to ids; else E rounds, and those count before which less than `mass` of p was taken."""
     e = tl.arange(0, BE)[None, :]
     taken, chosen = tl.zeros((BM, BE), tl.int1), tl.zeros((BM, BE), tl.int1)
     before = tl.zeros((BM,), tl.float32)
@@ -46,11 +49,14 @@ def _select(key, p, inside, live, ids, at_ids, k, mass, E, TOP_K: tl.constexpr, 
 
 @triton.jit
 def forward_kernel(
-    scores, mask, weights, probs, tau, chosen, ids, sums, T, G, E, K, mass, bound, row_stride, site_stride, col_stride,
-    SOFTMAX: tl.constexpr, SELECT: tl.constexpr, ADAPTIVE: tl.constexpr, SHIFTED: tl.constexpr, RENORMALIZE: tl.constexpr,
+    scores, mask, weights, probs, tau, chosen, ids, sums, T, G, E, K, mass, bound, row_stride, site_stride,
+    col_stride,
+    SOFTMAX: tl.constexpr, SELECT: tl.constexpr, ADAPTIVE: tl.constexpr, SHIFTED: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     MASKED: tl.constexpr, STATS: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Weights and what belongs to them for BM tokens of site program_id(1); sums [programs, G, 5 E + 4] over its real tokens."""
+    """Weights and what belongs to them for BM tokens of site program_id(1); sums [programs, G, 5 E + 4] over
+    its real tokens."""
     tokens, g = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
     e = tl.arange(0, BE)
     live, inside = tokens < T, (e < E)[None, :]
@@ -79,7 +85,20 @@ def forward_kernel(
             tl.store(tau + row, t, mask=live)
             selected = (p >= t[:, None]) & inside
         else:
-            selected = _select(z if SELECT == "top_k" else p, p, inside, live, ids, row * K, K, mass, E, SELECT == "top_k", BM, BE)
+            selected = _select(
+                z if SELECT == "top_k" else p,
+                p,
+                inside,
+                live,
+                ids,
+                row * K,
+                K,
+                mass,
+                E,
+                SELECT == "top_k",
+                BM,
+                BE,
+            )
         tl.store(chosen + out, selected.to(tl.uint8), mask=wide)
         if SHIFTED:
             u = p - t[:, None]
@@ -117,8 +136,10 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     dweights, dprobs, dtau, probs, chosen, tau, dscores, N, E, H, inverse_bound, inverse_ste,
-    SOFTMAX: tl.constexpr, SELECT: tl.constexpr, ADAPTIVE: tl.constexpr, SHIFTED: tl.constexpr, RENORMALIZE: tl.constexpr,
-    DETACH: tl.constexpr, STE: tl.constexpr, DW: tl.constexpr, DP: tl.constexpr, DT: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr,
+    SOFTMAX: tl.constexpr, SELECT: tl.constexpr, ADAPTIVE: tl.constexpr, SHIFTED: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    DETACH: tl.constexpr, STE: tl.constexpr, DW: tl.constexpr, DP: tl.constexpr, DT: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the scores of BM rows. `DW`, `DP`, `DT`: whether weights, probs and tau have one."""
     rows, e = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BE)
@@ -177,11 +198,13 @@ def tile(experts: int) -> Tile:
 
 @torch.library.custom_op("moabench::route", mutates_args=())
 def route(
-    scores: Tensor, mask: Tensor | None, stats: bool, activation: str, select: str, k: int, mass: float, tau: float, adaptive: bool,
+    scores: Tensor, mask: Tensor | None, stats: bool, activation: str, select: str, k: int, mass: float,
+    tau: float, adaptive: bool,
     shifted: bool, renormalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """weights, probs [T, G, E], tau [T, G, 1], chosen [T, G, E] bool, ids [T, G, K] int64 and sums [parts, G, 5 E + 4] of scores
-    [T, G, H] fp32 of any strides, mask [T] bool. What the rule does not have is empty: probs and chosen where all are selected."""
+    """weights, probs [T, G, E], tau [T, G, 1], chosen [T, G, E] bool, ids [T, G, K] int64 and sums [parts, G,
+    5 E + 4] of scores [T, G, H] fp32 of any strides, mask [T] bool. What the rule does not have is empty:
+    probs and chosen where all are selected."""
     tokens, sites, experts = scores.shape[0], scores.shape[1], scores.shape[2] - adaptive
     t = tile(experts)
     parts = triton.cdiv(tokens, t.sizes["BM"])
@@ -189,9 +212,11 @@ def route(
     weights, probs, taus, chosen, ids, sums = outputs
     if tokens and sites:
         forward_kernel[(parts, sites)](
-            scores, scores if mask is None else mask.contiguous().view(torch.uint8), weights, probs, taus, chosen.view(torch.uint8), ids,
+            scores, scores if mask is None else mask.contiguous().view(torch.uint8), weights, probs, taus,
+            chosen.view(torch.uint8), ids,
             sums, tokens, sites, experts, ids.shape[-1], mass, tau, *scores.stride(),
-            SOFTMAX=activation == "softmax", SELECT=select, ADAPTIVE=adaptive, SHIFTED=shifted, RENORMALIZE=renormalize,
+            SOFTMAX=activation == "softmax", SELECT=select, ADAPTIVE=adaptive, SHIFTED=shifted,
+            RENORMALIZE=renormalize,
             MASKED=mask is not None, STATS=stats, **t.sizes, num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
     return outputs
@@ -203,7 +228,9 @@ def _(scores, mask, stats, activation, select, k, mass, tau, adaptive, shifted, 
     return _outputs(scores, stats, (scores.shape[0] + bm - 1) // bm, select, k, adaptive)
 
 
-def _outputs(scores: Tensor, stats: bool, parts: int, select: str, k: int, adaptive: bool) -> tuple[Tensor, ...]:
+def _outputs(
+    scores: Tensor, stats: bool, parts: int, select: str, k: int, adaptive: bool
+) -> tuple[Tensor, ...]:
     tokens, sites, experts = scores.shape[0], scores.shape[1], scores.shape[2] - adaptive
     some = experts if select != "all" else 0
     return (
@@ -218,20 +245,26 @@ def _outputs(scores: Tensor, stats: bool, parts: int, select: str, k: int, adapt
 
 @torch.library.custom_op("moabench::route_backward", mutates_args=())
 def route_backward(
-    dweights: Tensor | None, dprobs: Tensor | None, dtau: Tensor | None, probs: Tensor, chosen: Tensor, taus: Tensor, activation: str,
+    dweights: Tensor | None, dprobs: Tensor | None, dtau: Tensor | None, probs: Tensor, chosen: Tensor,
+    taus: Tensor, activation: str,
     select: str, tau: float, adaptive: bool, shifted: bool, renormalize: bool, detach: bool, ste: float,
 ) -> Tensor:  # fmt: skip
-    """Gradient [T, G, H] of the scores, from those of weights, probs and tau (None: none) and what `route` returned."""
+    """Gradient [T, G, H] of the scores, from those of weights, probs and tau (None: none) and what `route`
+    returned."""
     tokens, sites, experts = probs.shape
     out = probs.new_empty(tokens, sites, experts + adaptive)
     if not out.numel():
         return out
     t = tile(experts)
-    given = [d.contiguous() if d is not None and d.numel() else None for d in (dweights, dprobs, dtau)]  # compiled: empty for empty outputs
+    given = [
+        d.contiguous() if d is not None and d.numel() else None for d in (dweights, dprobs, dtau)
+    ]  # compiled: empty for empty outputs
     backward_kernel[(triton.cdiv(tokens * sites, t.sizes["BM"]),)](
-        *(probs if d is None else d for d in given), probs, chosen.view(torch.uint8), taus, out, tokens * sites, experts,
+        *(probs if d is None else d for d in given), probs, chosen.view(torch.uint8), taus, out,
+        tokens * sites, experts,
         experts + adaptive, 1 / tau if tau else 0.0, 1 / ste if ste else 0.0,
-        SOFTMAX=activation == "softmax", SELECT=select, ADAPTIVE=adaptive, SHIFTED=shifted, RENORMALIZE=renormalize, DETACH=detach,
+        SOFTMAX=activation == "softmax", SELECT=select, ADAPTIVE=adaptive, SHIFTED=shifted,
+        RENORMALIZE=renormalize, DETACH=detach,
         STE=bool(ste), DW=given[0] is not None, DP=given[1] is not None, DT=given[2] is not None,
         **t.sizes, num_warps=t.num_warps, num_stages=t.num_stages,
     )  # fmt: skip
@@ -239,12 +272,28 @@ def route_backward(
 
 
 @route_backward.register_fake
-def _(dweights, dprobs, dtau, probs, chosen, taus, activation, select, tau, adaptive, shifted, renormalize, detach, ste):
+def _(
+    dweights,
+    dprobs,
+    dtau,
+    probs,
+    chosen,
+    taus,
+    activation,
+    select,
+    tau,
+    adaptive,
+    shifted,
+    renormalize,
+    detach,
+    ste,
+):
     return probs.new_empty(*probs.shape[:2], probs.shape[2] + adaptive)
 
 
 def variants(dtype: torch.dtype) -> list[Variant]:
-    """The compilations that a GPU would ask for: every selection, few and many experts. Scores are fp32 whatever the model is."""
+    """The compilations that a GPU would ask for: every selection, few and many experts. Scores are fp32
+    whatever the model is."""
     if dtype != torch.float32:
         return []
     wide, found = "*fp32", []
@@ -256,14 +305,47 @@ def variants(dtype: torch.dtype) -> list[Variant]:
         "sigmoid ste": ("sigmoid", "threshold", True, False, False, True),
     }
     for name, (activation, select, adaptive, shifted, renormalize, ste) in rules.items():
-        same = {"SOFTMAX": activation == "softmax", "SELECT": select, "ADAPTIVE": adaptive, "SHIFTED": shifted, "RENORMALIZE": renormalize}
+        same = {
+            "SOFTMAX": activation == "softmax",
+            "SELECT": select,
+            "ADAPTIVE": adaptive,
+            "SHIFTED": shifted,
+            "RENORMALIZE": renormalize,
+        }
         for experts in (2, 8, 64):
-            types = dict.fromkeys(("scores", "weights", "probs", "tau", "sums"), wide) | {"mask": "*u8", "chosen": "*u8", "ids": "*i64"}
-            types |= dict.fromkeys(("T", "G", "E", "K", "row_stride", "site_stride"), "i32") | {"mass": "fp32", "bound": "fp32"}
+            types = dict.fromkeys(("scores", "weights", "probs", "tau", "sums"), wide) | {
+                "mask": "*u8",
+                "chosen": "*u8",
+                "ids": "*i64",
+            }
+            types |= dict.fromkeys(("T", "G", "E", "K", "row_stride", "site_stride"), "i32") | {
+                "mass": "fp32",
+                "bound": "fp32",
+            }
             constants = same | {"MASKED": True, "STATS": True, "col_stride": 1}
-            found.append(Variant(f"route {name} E{experts}", forward_kernel, types, constants, tile(experts), products=False))
-            types = dict.fromkeys(("dweights", "dprobs", "dtau", "probs", "tau", "dscores"), wide) | {"chosen": "*u8"}
+            found.append(
+                Variant(
+                    f"route {name} E{experts}",
+                    forward_kernel,
+                    types,
+                    constants,
+                    tile(experts),
+                    products=False,
+                )
+            )
+            types = dict.fromkeys(("dweights", "dprobs", "dtau", "probs", "tau", "dscores"), wide) | {
+                "chosen": "*u8"
+            }
             types |= dict.fromkeys(("N", "E", "H"), "i32") | {"inverse_bound": "fp32", "inverse_ste": "fp32"}
             constants = same | {"DETACH": False, "STE": ste, "DW": True, "DP": True, "DT": adaptive}
-            found.append(Variant(f"route {name} backward E{experts}", backward_kernel, types, constants, tile(experts), products=False))
+            found.append(
+                Variant(
+                    f"route {name} backward E{experts}",
+                    backward_kernel,
+                    types,
+                    constants,
+                    tile(experts),
+                    products=False,
+                )
+            )
     return found

@@ -17,11 +17,13 @@ mix_ffn = Lazy("moabench.kernels.mix_ffn")
 
 @dataclass(frozen=True)
 class FeedForwardLoRA(FeedForwardExperts):
-    """`E_e(h) = (W_d + s B_d A_d) (act((W_g + s B_g A_g) h) * ((W_u + s B_u A_u) h))`, output `sum_e w_e E_e(h)` (arXiv 2404.15159).
+    """`E_e(h) = (W_d + s B_d A_d) (act((W_g + s B_g A_g) h) * ((W_u + s B_u A_u) h))`, output `sum_e w_e
+    E_e(h)` (arXiv 2404.15159).
 
-    The mixture replaces the block's output. The frozen gate and up projections run once for all experts, and so does the frozen down
-    projection, on `sum_e w_e h_e`, since it is linear. A like torch.nn.Linear, B = 0; s = alpha / r, with rslora alpha / sqrt(r).
-    dropout acts on the inputs of the A's, one mask for all experts.
+    The mixture replaces the block's output. The frozen gate and up projections run once for all experts, and
+    so does the frozen down projection, on `sum_e w_e h_e`, since it is linear. A like torch.nn.Linear, B = 0;
+    s = alpha / r, with rslora alpha / sqrt(r). dropout acts on the inputs of the A's, one mask for all
+    experts.
     """
 
     kind = "ffn_lora"
@@ -55,6 +57,16 @@ class FeedForwardLoRA(FeedForwardExperts):
         else:
             weights, ids = routing.weights.to(x.dtype), routing.ids
         inner, z = mix_ffn.mix_ffn(
-            gate, up, s_gate, s_up, p["gate_B"], p["up_B"], p["down_A"], weights, ids, act=ffn.activation, dropout=drop
+            gate,
+            up,
+            s_gate,
+            s_up,
+            p["gate_B"],
+            p["up_B"],
+            p["down_A"],
+            weights,
+            ids,
+            act=ffn.activation,
+            dropout=drop,
         )
         return lowrank.expand_add_(ffn.down(inner), [(z * self.scale, p["down_B"])])

@@ -10,7 +10,8 @@ from ..params import Param, linear_default
 
 @dataclass(frozen=True)
 class LoRA(LinearExperts):
-    """`y = W x + sum_e w_e s_e B_e A_e x` (arXiv 2106.09685; as a mixture arXiv 2309.05444). A like torch.nn.Linear, B = 0."""
+    """`y = W x + sum_e w_e s_e B_e A_e x` (arXiv 2106.09685; as a mixture arXiv 2309.05444). A like
+    torch.nn.Linear, B = 0."""
 
     kind = "lora"
 

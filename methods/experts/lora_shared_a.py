@@ -11,10 +11,11 @@ from ..spec import ConfigError
 
 @dataclass(frozen=True)
 class SharedALoRA(LinearExperts):
-    """`y = W x + s sum_e w_e B_e A x` (arXiv 2404.19245, eq. 4): one A, E up-projections. A like torch.nn.Linear, B = 0.
+    """`y = W x + s sum_e w_e B_e A x` (arXiv 2404.19245, eq. 4): one A, E up-projections. A like
+    torch.nn.Linear, B = 0.
 
-    The rank-side tensor is the outer product of the weights and A x. The official code draws a dropout mask for each expert, so that
-    its A sees E different inputs; here they share one.
+    The rank-side tensor is the outer product of the weights and A x. The official code draws a dropout mask
+    for each expert, so that its A sees E different inputs; here they share one.
     """
 
     kind = "lora_shared_a"
@@ -28,7 +29,9 @@ class SharedALoRA(LinearExperts):
         return {"A": linear_default(self.r, d_in), "B": Param((d_out, self.n * self.r))}
 
     def constants(self):
-        return mix_constants(self) | {"tile": [[float(i == j % self.r) for j in range(self.n * self.r)] for i in range(self.r)]}
+        return mix_constants(self) | {
+            "tile": [[float(i == j % self.r) for j in range(self.n * self.r)] for i in range(self.r)]
+        }
 
     def mix(self, s, w, c):
         tiled = s.flatten(0, 1) @ c["tile"].to(s.dtype)  # A x once for each expert

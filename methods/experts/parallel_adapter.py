@@ -15,10 +15,11 @@ lowrank = Lazy("moabench.kernels.lowrank")
 
 @dataclass(frozen=True)
 class ParallelAdapter(FeedForwardExperts):
-    """`FFN'(h) = FFN(h) + sum_e w_e (U_e silu(D_e h + b_e) + c_e)`, bottleneck width `bottleneck` (arXiv 2506.05928; 2110.04366).
+    """`FFN'(h) = FFN(h) + sum_e w_e (U_e silu(D_e h + b_e) + c_e)`, bottleneck width `bottleneck` (arXiv
+    2506.05928; 2110.04366).
 
-    D and U Xavier-uniform with gain 1e-4, biases 0, so the start is almost, not exactly, the base. The output bias is one more rank
-    column whose activation is 1.
+    D and U Xavier-uniform with gain 1e-4, biases 0, so the start is almost, not exactly, the base. The output
+    bias is one more rank column whose activation is 1.
     """
 
     kind = "parallel_adapter"
@@ -42,4 +43,6 @@ class ParallelAdapter(FeedForwardExperts):
         else:
             weights = routing.weights.to(x.dtype)
             hidden = (hidden.unflatten(-1, (self.n, -1)) * weights.unsqueeze(-1)).flatten(-2)
-        return lowrank.expand_add_(y, [(torch.cat([hidden, weights], -1), torch.cat([p["up"], p["up_bias"]], -1))])
+        return lowrank.expand_add_(
+            y, [(torch.cat([hidden, weights], -1), torch.cat([p["up"], p["up_bias"]], -1))]
+        )

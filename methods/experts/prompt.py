@@ -14,10 +14,11 @@ route = Lazy("moabench.kernels.route")
 
 @dataclass(frozen=True)
 class Prompt(AttentionExperts):
-    """`a += sum_e w_e concat_h gamma_eh softmax(q_h (W_k P_e)_h^T scaling) (W_v P_e)_h` (arXiv 2506.05928; 2303.16199).
+    """`a += sum_e w_e concat_h gamma_eh softmax(q_h (W_k P_e)_h^T scaling) (W_v P_e)_h` (arXiv 2506.05928;
+    2303.16199).
 
-    P_e [length, d] ~ N(0, 1) through the frozen key and value projections, without positions; its softmax is its own. One gate gamma
-    for each query head starts at 0, so P has no gradient until gamma has moved.
+    P_e [length, d] ~ N(0, 1) through the frozen key and value projections, without positions; its softmax is
+    its own. One gate gamma for each query head starts at 0, so P has no gradient until gamma has moved.
     """
 
     kind = "prompt"

@@ -17,12 +17,13 @@ route = Lazy("moabench.kernels.route")
 
 @dataclass(frozen=True)
 class AdaptiveThreshold(LinearRouter):
-    """`p = softmax(W x)`, `tau = tau_max sigmoid(w_t x + b_t)`, `g_i = (p_i - tau) [p_i >= tau]`, `w = g / sum g` (arXiv 2405.00361).
+    """`p = softmax(W x)`, `tau = tau_max sigmoid(w_t x + b_t)`, `g_i = (p_i - tau) [p_i >= tau]`, `w = g /
+    sum g` (arXiv 2405.00361).
 
-    A token without a selected expert gets weight 0 everywhere. tau_max: null means 1/E, at which one expert is always selected.
-    threshold=constant sets tau = tau_max. weights=plain uses g_i = p_i (the paper's fixed-threshold baseline with
-    threshold=constant). One selected expert has weight 1, and then neither gate nor threshold receives a task gradient.
-    The last row of the linear map is the threshold's.
+    A token without a selected expert gets weight 0 everywhere. tau_max: null means 1/E, at which one expert
+    is always selected. threshold=constant sets tau = tau_max. weights=plain uses g_i = p_i (the paper's
+    fixed-threshold baseline with threshold=constant). One selected expert has weight 1, and then neither gate
+    nor threshold receives a task gradient. The last row of the linear map is the threshold's.
     """
 
     kind = "adaptive_threshold"

@@ -9,7 +9,8 @@ from ..router import Router
 
 @dataclass(frozen=True)
 class NoRouter(Router):
-    """Weight 1 for every expert and token: a plain adapter, or the sum of several. Nothing is routed, so nothing is recorded."""
+    """Weight 1 for every expert and token: a plain adapter, or the sum of several. Nothing is routed, so
+    nothing is recorded."""
 
     kind = "none"
 

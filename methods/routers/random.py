@@ -1,4 +1,5 @@
-"""A router that knows nothing: the control for claims that routing, and not the number of experts, made a difference."""
+"""A router that knows nothing: the control for claims that routing, and not the number of experts, made a
+difference."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ torch = Lazy("torch")
 
 @dataclass(frozen=True)
 class Random(FactRouter):
-    """`w = onehot(u)` at every site, u uniform on the experts: a hash of the prompt's tokens and of `seed`, without parameters.
+    """`w = onehot(u)` at every site, u uniform on the experts: a hash of the prompt's tokens and of `seed`,
+    without parameters.
 
-    granularity=sequence draws once a sequence; token draws for each kind of token in each sequence. The same text is always routed the
-    same way, in training and evaluation, whatever its padding, its batch and its cache.
+    granularity=sequence draws once a sequence; token draws for each kind of token in each sequence. The same
+    text is always routed the same way, in training and evaluation, whatever its padding, its batch and its
+    cache.
     """
 
     kind = "random"
@@ -47,12 +50,15 @@ class Random(FactRouter):
 
 def _ids(context):
     if context.input_ids is None:
-        raise ConfigError("input_ids=None: expected token ids at the forward, since router.kind=random hashes them.")
+        raise ConfigError(
+            "input_ids=None: expected token ids at the forward, since router.kind=random hashes them."
+        )
     return context.input_ids
 
 
 def scramble(x, seed: int):
-    """A well mixed hash [...] int64 of int64 x: SplitMix64's step and finaliser, whose products wrap around."""
+    """A well mixed hash [...] int64 of int64 x: SplitMix64's step and finaliser, whose products wrap
+    around."""
     x = x + _signed(seed * 0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)

@@ -18,11 +18,12 @@ route = Lazy("moabench.kernels.route")
 
 @dataclass(frozen=True)
 class Threshold(GateNetwork):
-    """`g = sigmoid(R(u))`, `tau = gamma_max sigmoid(v u + c)`, `m_i = [g_i >= tau]`, `w_i = g_i m_i` (arXiv 2506.05928, sparse MoA).
+    """`g = sigmoid(R(u))`, `tau = gamma_max sigmoid(v u + c)`, `m_i = [g_i >= tau]`, `w_i = g_i m_i` (arXiv
+    2506.05928, sparse MoA).
 
-    dynamic=false sets tau = gamma_max. grad says how the threshold learns: `none`, as in the official code, where the comparison
-    passes no gradient and v, c keep their initial values; `subtract`, `w_i = (g_i - tau) m_i`; `ste`, a straight-through mask whose
-    backward is that of sigmoid((g_i - tau) / temperature).
+    dynamic=false sets tau = gamma_max. grad says how the threshold learns: `none`, as in the official code,
+    where the comparison passes no gradient and v, c keep their initial values; `subtract`, `w_i = (g_i - tau)
+    m_i`; `ste`, a straight-through mask whose backward is that of sigmoid((g_i - tau) / temperature).
     """
 
     kind = "threshold"
@@ -43,7 +44,9 @@ class Threshold(GateNetwork):
         if not self.dynamic:
             return gates
         head = (p["threshold_weight"], p["threshold_bias"])
-        if self.grad == "none":  # no gradient at all, so that an optimiser leaves the head alone, weight decay included
+        if (
+            self.grad == "none"
+        ):  # no gradient at all, so that an optimiser leaves the head alone, weight decay included
             x, head = x.detach(), tuple(t.detach() for t in head)
         return torch.cat([gates, F.linear(x, *head)], dim=-1)  # the last column is tau's
 
@@ -62,7 +65,11 @@ class Threshold(GateNetwork):
     def route(self, scores, training):
         logits = scores[..., :-1] if self.dynamic else scores
         gates = logits.sigmoid()
-        tau = self.gamma_max * scores[..., -1:].sigmoid() if self.dynamic else torch.full_like(gates[..., :1], self.gamma_max)
+        tau = (
+            self.gamma_max * scores[..., -1:].sigmoid()
+            if self.dynamic
+            else torch.full_like(gates[..., :1], self.gamma_max)
+        )
         if self.grad == "none":
             tau = tau.detach()
         chosen = gates >= tau

@@ -12,15 +12,18 @@ from ..spec import Bound
 
 route = Lazy("moabench.kernels.route")
 BelowOne = Annotated[float, Bound(ge=1e-6, lt=1)]
-"""Below 1 / E it selects one expert anyway; in single precision a far smaller one is 0, which none has to reach."""
+"""Below 1 / E it selects one expert anyway; in single precision a far smaller one is 0, which none has to
+reach."""
 
 
 @dataclass(frozen=True)
 class TopP(LinearRouter):
-    """Smallest prefix of the sorted `p = softmax(W x)` whose mass reaches `p` (arXiv 2403.07652; MixLoRA's `dynamic` routing).
+    """Smallest prefix of the sorted `p = softmax(W x)` whose mass reaches `p` (arXiv 2403.07652; MixLoRA's
+    `dynamic` routing).
 
-    renormalize=false keeps the raw probabilities as weights, as MixLoRA's code does: they sum to a value in [p, 1], so a site whose
-    experts contain the frozen FFN shrinks it and the model does not start at its base.
+    renormalize=false keeps the raw probabilities as weights, as MixLoRA's code does: they sum to a value in
+    [p, 1], so a site whose experts contain the frozen FFN shrinks it and the model does not start at its
+    base.
     """
 
     kind = "top_p"

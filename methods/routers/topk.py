@@ -15,10 +15,11 @@ route = Lazy("moabench.kernels.route")
 
 @dataclass(frozen=True)
 class TopK(LinearRouter):
-    """`p = softmax(W x)`, `S = top-k(p)`, `w_i = p_i / sum_S p` on S, else 0 (AdaMoLE's and MoA's top-k baseline, MixLoRA).
+    """`p = softmax(W x)`, `S = top-k(p)`, `w_i = p_i / sum_S p` on S, else 0 (AdaMoLE's and MoA's top-k
+    baseline, MixLoRA).
 
-    renormalize=false keeps `w_i = p_i` (Switch, arXiv 2101.03961). With k = 1 and renormalize=true the weight is exactly 1 and the
-    task loss gives the router no gradient.
+    renormalize=false keeps `w_i = p_i` (Switch, arXiv 2101.03961). With k = 1 and renormalize=true the weight
+    is exactly 1 and the task loss gives the router no gradient.
     """
 
     kind = "topk"

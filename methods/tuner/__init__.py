@@ -1,6 +1,7 @@
 """The mixtures as a PEFT tuner on stock transformers models. Importing it makes PEFT know them.
 
-PEFT comes first: its import fires the hook in moabench.methods, which then finds this package on its way in and leaves it alone.
+PEFT comes first: its import fires the hook in moabench.methods, which then finds this package on its way in
+and leaves it alone.
 """
 
 import peft  # noqa: F401

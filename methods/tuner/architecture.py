@@ -1,7 +1,9 @@
-"""Where the parts of a stock transformers model are: decoder layers, and in each the linears a method may name by role.
+"""Where the parts of a stock transformers model are: decoder layers, and in each the linears a method may
+name by role.
 
-Roles are q, k, v, o, gate, up, down. A fused linear (Phi-3's qkv_proj, gate_up_proj) serves several roles, each a slice of its output.
-Nothing here knows a model class: modules are found by the names in `ATTENTION`, `FEED_FORWARD` and `LINEARS`.
+Roles are q, k, v, o, gate, up, down. A fused linear (Phi-3's qkv_proj, gate_up_proj) serves several roles,
+each a slice of its output. Nothing here knows a model class: modules are found by the names in `ATTENTION`,
+`FEED_FORWARD` and `LINEARS`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from ..spec import ConfigError
 
 ATTENTION = ("self_attn", "attention", "attn")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn")
-LINEARS = {  # role(s) -> attribute names, within attention for q, k, v, o and within the feed-forward block for the rest
+# role(s) -> attribute names, within attention for q, k, v, o and within the feed-forward block for the rest
+LINEARS = {
     ("q",): ("q_proj",),
     ("k",): ("k_proj",),
     ("v",): ("v_proj",),
@@ -30,12 +33,17 @@ LINEARS = {  # role(s) -> attribute names, within attention for q, k, v, o and w
     ("down",): ("down_proj", "w2"),
 }
 INPUTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # roles that read the same tensor
-PEFT_NAMES = {role: tuple(n for roles, names in LINEARS.items() if role in roles for n in names) for roles in INPUTS for role in roles}
+PEFT_NAMES = {
+    role: tuple(n for roles, names in LINEARS.items() if role in roles for n in names)
+    for roles in INPUTS
+    for role in roles
+}
 
 
 @dataclass
 class Place:
-    """One role of one decoder layer: `parent.attribute` is its linear, `columns` the role's slice of its output."""
+    """One role of one decoder layer: `parent.attribute` is its linear, `columns` the role's slice of its
+    output."""
 
     role: str
     parent: nn.Module
@@ -56,7 +64,9 @@ class DecoderLayer:
     def __init__(self, name: str, module: nn.Module, config) -> None:
         self.name, self.module = name, module
         self.attention = _child(module, ATTENTION)
-        self.entry_norm = getattr(module, "input_layernorm", None)  # what it reads is the layer's raw input; OLMo2 has none
+        self.entry_norm = getattr(
+            module, "input_layernorm", None
+        )  # what it reads is the layer's raw input; OLMo2 has none
         self.feed_forward_name = next((n for n in FEED_FORWARD if hasattr(module, n)), None)
         self.config = config
         self.places = {place.role: place for place in self._find()}
@@ -75,8 +85,19 @@ class DecoderLayer:
             linear = base_of(getattr(parent, attribute))
             start = 0
             for role in roles:
-                width = linear.out_features if len(roles) == 1 else widths.get(role, linear.out_features // len(roles))
-                yield Place(role, parent, attribute, slice(start, start + width), (linear.in_features, width), len(roles) > 1)
+                width = (
+                    linear.out_features
+                    if len(roles) == 1
+                    else widths.get(role, linear.out_features // len(roles))
+                )
+                yield Place(
+                    role,
+                    parent,
+                    attribute,
+                    slice(start, start + width),
+                    (linear.in_features, width),
+                    len(roles) > 1,
+                )
                 start += width
 
     @property
@@ -94,7 +115,8 @@ class DecoderLayer:
             sought = {r: "|".join(PEFT_NAMES[r]) for r in missing}
             there = ", ".join(n for n, m in self.module.named_modules() if n and not list(m.children()))
             raise ConfigError(
-                f"no place for {', '.join(missing)} in decoder layer '{self.name}': sought linears named {sought} in "
+                f"no place for {', '.join(missing)} in decoder layer '{self.name}': sought linears "
+                f"named {sought} in "
                 f"{'|'.join(ATTENTION)} or {'|'.join(FEED_FORWARD)}; the layer has: {there}."
             )
 
@@ -109,18 +131,22 @@ def _child(module: nn.Module, names) -> nn.Module | None:
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking its 4-bit linears for a CPU with avx512_bf16 in their first evaluation pass.
+    """Keep bitsandbytes from repacking its 4-bit linears for a CPU with avx512_bf16 in their first evaluation
+    pass.
 
-    Its repacked form (0.50.2) has no gradient to its input, and after a `state_dict()`, which every checkpoint calls, later passes differ
-    or are garbage. Raises ConfigError for a layer that is repacked already.
+    Its repacked form (0.50.2) has no gradient to its input, and after a `state_dict()`, which every
+    checkpoint calls, later passes differ or are garbage. Raises ConfigError for a layer that is repacked
+    already.
     """
     for name, module in model.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ConfigError(
-                f"{name}: bitsandbytes has repacked this 4-bit layer for this CPU in an evaluation pass, and so it cannot be trained or "
-                "saved exactly; expected a base that is fresh from loading. Load it again, and attach before the first pass."
+                f"{name}: bitsandbytes has repacked this 4-bit layer for this CPU in an evaluation "
+                "pass, and so it cannot be trained or "
+                "saved exactly; expected a base that is fresh from loading. Load it again, and "
+                "attach before the first pass."
             )
         module.support_avx512bf16_for_cpu = False
 
@@ -132,13 +158,22 @@ def is_decoder_layer(module: nn.Module) -> bool:
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Decoder layers by qualified name. Raises ConfigError listing what was looked for where there are none."""
+    """Decoder layers by qualified name. Raises ConfigError listing what was looked for where there are
+    none."""
     layers = {name: m for name, m in model.named_modules() if is_decoder_layer(m)}
     if not layers:
-        kinds = sorted({f"{n.rpartition('.')[2]} ({type(m).__name__})" for n, m in model.named_modules() if n and not list(m.children())})
+        kinds = sorted(
+            {
+                f"{n.rpartition('.')[2]} ({type(m).__name__})"
+                for n, m in model.named_modules()
+                if n and not list(m.children())
+            }
+        )
         raise ConfigError(
-            f"{type(model).__name__} has no decoder layer that a mixture can attach to: sought modules with a child "
-            f"{'|'.join(ATTENTION)} that has {'|'.join(PEFT_NAMES['q'])}; the model's innermost modules are {', '.join(kinds[:40])}."
+            f"{type(model).__name__} has no decoder layer that a mixture can attach to: sought "
+            "modules with a child "
+            f"{'|'.join(ATTENTION)} that has {'|'.join(PEFT_NAMES['q'])}; the model's innermost "
+            f"modules are {', '.join(kinds[:40])}."
         )
     return layers
 
@@ -151,10 +186,11 @@ def frozen_linears(places: list[Place]) -> list[nn.Module]:
 def project(
     linears: list[nn.Module], x: Tensor, a: Tensor, heads: Tensor | None, dropped: Tensor | None
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Frozen outputs of `linears`, ours to write into, the projection `A x` [T, R] (of `dropped` where x loses entries in training) and
-    router scores `H x` (or None) of x [T, d].
+    """Frozen outputs of `linears`, ours to write into, the projection `A x` [T, R] (of `dropped` where x
+    loses entries in training) and router scores `H x` (or None) of x [T, d].
 
-    Plain nn.Linear layers share one autograd node with the projection; quantised or otherwise special ones run as they are.
+    Plain nn.Linear layers share one autograd node with the projection; quantised or otherwise special ones
+    run as they are.
     """
     plain = all(type(m) is nn.Linear for m in linears)
     frozen = [(m.weight, m.bias) for m in linears] if plain else []
@@ -165,8 +201,8 @@ def project(
 
 
 def owned(linear: nn.Module, y: Tensor) -> Tensor:
-    """`y`, what `linear` gave or ended in, as a tensor that may be written into. torch's own linear makes a new one; what another gives
-    may be a view of something, or kept by it."""
+    """`y`, what `linear` gave or ended in, as a tensor that may be written into. torch's own linear makes a
+    new one; what another gives may be a view of something, or kept by it."""
     return y if type(linear) is nn.Linear else y.clone()
 
 
@@ -184,7 +220,8 @@ class FeedForward:
 
     @property
     def activation(self) -> str:
-        """Name of the block's activation among kernels.mix_ffn.ACTIVATIONS. Raises ConfigError for one that is not there."""
+        """Name of the block's activation among kernels.mix_ffn.ACTIVATIONS. Raises ConfigError for one that
+        is not there."""
         function = getattr(self.module, "act_fn", None) or getattr(self.module, "activation_fn", None)
         name = type(function).__name__
         known = {
@@ -212,7 +249,8 @@ class FeedForward:
 
 
 def keys_values(layer: DecoderLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Frozen keys and values of x [N, d] without positions, [N, H, head_dim] each, repeated over grouped query heads.
+    """Frozen keys and values of x [N, d] without positions, [N, H, head_dim] each, repeated over grouped
+    query heads.
 
     A model that normalises its keys (Qwen3 by head, OLMo2 over all heads) does so here too.
     """

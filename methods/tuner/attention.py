@@ -1,7 +1,7 @@
 """Banks inside attention, through transformers' own switch for attention functions: no model code is changed.
 
-`mixture_<name>` runs the stock function <name> and adds what the layer's mixtures contribute from the same queries. Masks are made as
-for <name>.
+`mixture_<name>` runs the stock function <name> and adds what the layer's mixtures contribute from the same
+queries. Masks are made as for <name>.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ PREFIX = "mixture_"
 
 
 def route_attention(model: nn.Module) -> None:
-    """Make the model's attention add the contributions of banks inside attention; a no-op where it does already."""
+    """Make the model's attention add the contributions of banks inside attention; a no-op where it does
+    already."""
     stock = model.config._attn_implementation or "eager"
     if stock.startswith(PREFIX):
         return

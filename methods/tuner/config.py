@@ -1,4 +1,5 @@
-"""`MixtureConfig`: a method as a PEFT config. The spec in it is plain data that names parts by kind; loading one runs no code it names."""
+"""`MixtureConfig`: a method as a PEFT config. The spec in it is plain data that names parts by kind; loading
+one runs no code it names."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ PEFT_TYPE = "MIXTURE"
 class MixtureConfig(PeftConfig):
     """A mixture of adapters for `peft.get_peft_model`.
 
-    spec: the method as plain data, as in conf/method/<name>.yaml. base: what the adapter was made for, checked when it is attached
-    (hidden size and number of layers). Raises ConfigError where the spec does not validate.
+    spec: the method as plain data, as in conf/method/<name>.yaml. base: what the adapter was made for,
+    checked when it is attached (hidden size and number of layers). Raises ConfigError where the spec does not
+    validate.
     """
 
     spec: dict[str, Any] = field(default_factory=dict)
@@ -37,7 +39,8 @@ class MixtureConfig(PeftConfig):
             method = self.method
             if method.tuner != "mixture":
                 raise ConfigError(
-                    f"spec.tuner={method.tuner!r}: expected 'mixture'; moabench.methods.load('{method.name}') gives its config."
+                    f"spec.tuner={method.tuner!r}: expected 'mixture'; "
+                    f"moabench.methods.load('{method.name}') gives its config."
                 )
 
     @property
@@ -56,7 +59,10 @@ def peft_config(data: dict[str, Any]) -> PeftConfig:
         return MixtureConfig(spec=dict(data), task_type="CAUSAL_LM")
     if method.tuner == "peft":
         bank = _only_bank(method)
-        banks = {rf"layers\.({'|'.join(map(str, span))})\..*": _only_bank(variant) for span, variant in method.layers}
+        banks = {
+            rf"layers\.({'|'.join(map(str, span))})\..*": _only_bank(variant)
+            for span, variant in method.layers
+        }
         return LoraConfig(
             r=bank.r,
             lora_alpha=bank.alpha,
@@ -68,7 +74,9 @@ def peft_config(data: dict[str, Any]) -> PeftConfig:
             target_modules=sorted({name for role in bank.targets for name in PEFT_NAMES[role]}),
             task_type="CAUSAL_LM",
         )
-    raise ConfigError(f"method={method.name!r}: has no adapter config; moabench.methods.attach(model, ...) prepares it.")
+    raise ConfigError(
+        f"method={method.name!r}: has no adapter config; moabench.methods.attach(model, ...) prepares it."
+    )
 
 
 def _only_bank(method: Method) -> LoRA:
@@ -76,7 +84,8 @@ def _only_bank(method: Method) -> LoRA:
 
 
 def load(name: str, **overrides: Any) -> PeftConfig:
-    """Config of a shipped method for `peft.get_peft_model`, with nested overrides: `load("moe_lora_topk", router={"k": 1})`.
+    """Config of a shipped method for `peft.get_peft_model`, with nested overrides: `load("moe_lora_topk",
+    router={"k": 1})`.
 
     Raises ConfigError for an unknown method or option.
     """
@@ -84,8 +93,9 @@ def load(name: str, **overrides: Any) -> PeftConfig:
 
 
 def attach(model: nn.Module, data: Mapping[str, Any]) -> nn.Module:
-    """`model` under the method given as plain data: a PeftModel, or for `full` and `none` the model itself with every or no parameter
-    trainable. Attach after the base's weights are loaded: a model class re-initialises modules it does not find in its checkpoint.
+    """`model` under the method given as plain data: a PeftModel, or for `full` and `none` the model itself
+    with every or no parameter trainable. Attach after the base's weights are loaded: a model class
+    re-initialises modules it does not find in its checkpoint.
 
     Raises ConfigError for a spec that does not validate or an architecture without the modules it needs.
     """

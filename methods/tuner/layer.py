@@ -1,10 +1,12 @@
 """One decoder layer with its mixtures: which tensors it owns, and how a forward pass runs through them.
 
-The layer's linears and feed-forward block are wrapped; the wrappers own nothing and ask the `MixtureLayer`, which holds the trained
-tensors of every adapter. What a layer decides during a pass (a block's routing, outputs of linears that share an input) lives in
-`self.live` from the start of its attention to the layer's end and nowhere else.
+The layer's linears and feed-forward block are wrapped; the wrappers own nothing and ask the `MixtureLayer`,
+which holds the trained tensors of every adapter. What a layer decides during a pass (a block's routing,
+outputs of linears that share an input) lives in `self.live` from the start of its attention to the layer's
+end and nowhere else.
 
-Shapes: B sequences, L positions, T = B L tokens, d width, G linears that share one input, E experts, R rank rows.
+Shapes: B sequences, L positions, T = B L tokens, d width, G linears that share one input, E experts, R rank
+rows.
 """
 
 from __future__ import annotations
@@ -36,11 +38,14 @@ class Live:
     context: Context
     plan: Plan
     routings: dict[str, Routing] = field(default_factory=dict)  # of block routers, by mixture
-    pending: dict[int, tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)  # outputs waiting for their linear, by group
+    pending: dict[int, tuple[Tensor, dict[str, Tensor]]] = field(
+        default_factory=dict
+    )  # outputs waiting for their linear, by group
 
 
 class MixtureLayer(nn.Module, BaseTunerLayer):
-    """The mixtures of one decoder layer, for all adapters. `tensors` holds the trained parameters, by adapter, then by name."""
+    """The mixtures of one decoder layer, for all adapters. `tensors` holds the trained parameters, by
+    adapter, then by name."""
 
     adapter_layer_names = ("tensors",)
     other_param_names = ()
@@ -70,7 +75,9 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         """Create the tensors of one more adapter and wrap what it attaches to."""
         plan = Plan(method, self.layer)
         device = next(self.layer.module.parameters()).device
-        self.tensors[adapter] = nn.ParameterDict({name: p.make(device) for name, p in plan.declared(self.layer).items()})
+        self.tensors[adapter] = nn.ParameterDict(
+            {name: p.make(device) for name, p in plan.declared(self.layer).items()}
+        )
         self.plans[adapter] = plan
         for place in (p for group in plan.groups for p in group.places):
             if not isinstance(getattr(place.parent, place.attribute), RoutedLinear):
@@ -80,7 +87,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             setattr(self.layer.module, self.layer.feed_forward_name, wrapper)
 
     def forget(self, adapter: str) -> None:
-        """Drop what is known of an adapter whose tensors PEFT has deleted; the wrappers stay and pass through."""
+        """Drop what is known of an adapter whose tensors PEFT has deleted; the wrappers stay and pass
+        through."""
         self.plans.pop(adapter, None)
         for kept in (self._names, self._constants, self._kept_keys):
             kept.clear()
@@ -120,7 +128,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         extra = "" if mixture.name == "main" else f".{mixture.name}"
         return f"{self.layer.name}{extra}.{place}"
 
-    # A forward pass. Its hooks sit on the layer's children: checkpointing recomputes a layer's `forward` without the layer's own hooks.
+    # A forward pass. Its hooks sit on the layer's children: checkpointing recomputes a layer's `forward`
+    # without the layer's own hooks.
 
     def _see_raw(self, module, args):
         self._raw = args[0]
@@ -147,14 +156,20 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             q = {k: t.to(x.dtype) for k, t in p.items()}
             return decide(router, scores_of(router, q, x), self.training)
 
-        with torch.autocast(hidden.device.type, enabled=False) if backend.autocasting(hidden) else nullcontext():
+        with (
+            torch.autocast(hidden.device.type, enabled=False)
+            if backend.autocasting(hidden)
+            else nullcontext()
+        ):
             if isinstance(router, FactRouter):
                 routing = shared_decision(router, len(mixture.expert_names), self.context)
             elif router.granularity == "token":
                 routing = made(hidden.flatten(0, -2).to(lowrank.full_precision(hidden.dtype)))
             else:
                 name = self.site_name(mixture, place)
-                routing = sequence_decision(router, name, hidden, self.context, made).per_token(hidden.shape[1])
+                routing = sequence_decision(router, name, hidden, self.context, made).per_token(
+                    hidden.shape[1]
+                )
         if self.context.recorder is not None:
             self._record(mixture, [place], routing.map(lambda t: t.unsqueeze(1)))
         change = self.context.changes.get(self.site_name(mixture, place)) if self.context.changes else None
@@ -174,7 +189,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         return self.live.context if self.live is not None else Context()
 
     def linear(self, linear: nn.Module, attribute: str, x: Tensor) -> Tensor:
-        """Output [..., b] of one wrapped linear; the linears that share x run together when the first of them is asked for."""
+        """Output [..., b] of one wrapped linear; the linears that share x run together when the first of them
+        is asked for."""
         plan = self.live.plan if self.live is not None else self.plan
         index = plan.group_of.get(attribute) if plan is not None else None
         if index is None:
@@ -195,7 +211,9 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         """Outputs [T, b] of the linears of one group, by attribute."""
         flat = x.reshape(-1, x.shape[-1])
         dropout = group.dropout if self.training else 0.0
-        sorts = tuple([not self.context.changes and term.sorts(flat.device, flat.dtype) for term in group.terms])
+        sorts = tuple(
+            [not self.context.changes and term.sorts(flat.device, flat.dtype) for term in group.terms]
+        )
         pack = group.pack(self.owned, flat.dtype, sorts, self.context.continues)
         linears = [parent._modules[name]._modules["base_layer"] for parent, name in group.linears]
         dropped = drop(flat, dropout)
@@ -204,7 +222,9 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         scores = iter(z.split_with_sizes(pack.head_sizes, -1) if len(pack.head_sizes) > 1 else (z,))
         pairs: dict[str, list] = {name: [] for name in group.attributes}
         by_expert: list[tuple[str, grouped.Shrunk, int, Tensor, slice]] = []
-        for term, piece, b, bias, a in zip(group.terms, pieces, pack.b, pack.biases, pack.sorted_a, strict=True):
+        for term, piece, b, bias, a in zip(
+            group.terms, pieces, pack.b, pack.biases, pack.sorted_a, strict=True
+        ):
             weights = None
             if term.apart:
                 weights = self._route_apart(term, x)
@@ -214,34 +234,56 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             elif term.mixture.routed:
                 weights = columns(self.live.routings[term.mixture.name].weights, term.columns)
             if a is not None:
-                shrunk = grouped.shrink(flat if dropped is None else dropped, a, weights, routing.ids, term.bank.scales[0])
-                by_expert += [(place.attribute, shrunk, g, b[g], place.columns) for g, place in enumerate(term.places)]
+                shrunk = grouped.shrink(
+                    flat if dropped is None else dropped, a, weights, routing.ids, term.bank.scales[0]
+                )
+                by_expert += [
+                    (place.attribute, shrunk, g, b[g], place.columns) for g, place in enumerate(term.places)
+                ]
                 continue
-            mixed = term.bank.mix(piece.view(-1, len(term.places), term.rows), weights, self._constants_of(term.bank, x.device))
+            mixed = term.bank.mix(
+                piece.view(-1, len(term.places), term.rows), weights, self._constants_of(term.bank, x.device)
+            )
             for place, m, b_matrix in zip(term.places, mixed.unbind(1), b, strict=True):
                 pairs[place.attribute].append((m, b_matrix, place.columns) if place.fused else (m, b_matrix))
-        ys = {name: lowrank.expand_add_(y, pairs[name]) if pairs[name] else y for name, y in zip(group.attributes, ys, strict=True)}
+        ys = {
+            name: lowrank.expand_add_(y, pairs[name]) if pairs[name] else y
+            for name, y in zip(group.attributes, ys, strict=True)
+        }
         for name, *update in by_expert:
             ys[name] = grouped.expand_add_(ys[name], *update)
         return ys
 
     def _route_linears(self, term: Term, scores: Tensor, bias: Tensor | None) -> Routing:
-        """Routing [T, G, E] of the G routers of one term from their scores [T, G H] before the bias [G H], as the experts are given it."""
+        """Routing [T, G, E] of the G routers of one term from their scores [T, G H] before the bias [G H], as
+        the experts are given it."""
         if bias is not None:
             scores = scores + bias
         mask, stats = self.context.mask, self.context.recorder is not None and backend.triton_for(scores)
-        routing = decide(term.mixture.router, scores.view(scores.shape[0], len(term.places), -1), self.training, mask, stats)
+        routing = decide(
+            term.mixture.router,
+            scores.view(scores.shape[0], len(term.places), -1),
+            self.training,
+            mask,
+            stats,
+        )
         self._record(term.mixture, [p.role for p in term.places], routing)
         if not self.context.changes:
             return routing
-        changes = [self.context.changes.get(self.site_name(term.mixture, p.role), lambda r: r) for p in term.places]
-        return Routing(torch.stack([change(routing.at_site(g)).weights for g, change in enumerate(changes)], 1))
+        changes = [
+            self.context.changes.get(self.site_name(term.mixture, p.role), lambda r: r) for p in term.places
+        ]
+        return Routing(
+            torch.stack([change(routing.at_site(g)).weights for g, change in enumerate(changes)], 1)
+        )
 
     def _record(self, mixture: Mixture, places: list[str], routing: Routing) -> None:
         """Hand a routing [T, G, E] of G places to the open recorder."""
         if self.context.recorder is not None:
             routing.experts = mixture.expert_names
-            self.context.record(tuple(self.site_name(mixture, place) for place in places), routing, mixture.losses)
+            self.context.record(
+                tuple(self.site_name(mixture, place) for place in places), routing, mixture.losses
+            )
 
     def _route_apart(self, term: Term, x: Tensor) -> Tensor:
         """Weights [T, G, E] of routers that are no linear map of the token."""
@@ -262,8 +304,12 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             elif mixture.routed:
                 routing = bank_routing(self.live.routings[mixture.name], mixture, name, bank)
             if y is None and not bank.replaces:
-                y = owned(self.layer.places["down"].linear, block(x).flatten(0, -2))  # a block ends in its down projection
-            y = bank.forward(self.tensor(mixture, name, "ffn"), flat, y, FeedForward(self.layer), routing, self.training)
+                y = owned(
+                    self.layer.places["down"].linear, block(x).flatten(0, -2)
+                )  # a block ends in its down projection
+            y = bank.forward(
+                self.tensor(mixture, name, "ffn"), flat, y, FeedForward(self.layer), routing, self.training
+            )
         return y.unflatten(0, x.shape[:-1])
 
     def attention(self, query: Tensor, scaling: float) -> Tensor | None:
@@ -273,17 +319,23 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
             weights = None
             if mixture.routed:
                 places = [[mixture.column(name, "attention", i) for i in range(bank.n)]]
-                weights = columns(self.live.routings[mixture.name].weights, places)[:, 0].unflatten(0, (query.shape[0], -1))
+                weights = columns(self.live.routings[mixture.name].weights, places)[:, 0].unflatten(
+                    0, (query.shape[0], -1)
+                )
             p = self.tensor(mixture, name, "attention")
             delta = bank.forward(p, query, lambda e: self._keys_values(e, query.dtype), scaling, weights)
             total = delta if total is None else total + delta
         return total
 
     def _keys_values(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Frozen keys and values of a parameter x [N, d]; kept while a KV cache is continued, as decoding asks for each token."""
+        """Frozen keys and values of a parameter x [N, d]; kept while a KV cache is continued, as decoding
+        asks for each token."""
         if torch.is_grad_enabled():
             return keys_values(self.layer, x.to(dtype))
-        frozen = [base_of(getattr(p.parent, p.attribute)).weight for p in (self.layer.places["k"], self.layer.places["v"])]
+        frozen = [
+            base_of(getattr(p.parent, p.attribute)).weight
+            for p in (self.layer.places["k"], self.layer.places["v"])
+        ]
         stamp = (dtype, *((t.data_ptr(), t._version) for t in (x, *frozen)))
         if not self.context.continues or self._kept_keys.get(id(x), (None,))[0] != stamp:
             self._kept_keys[id(x)] = (stamp, keys_values(self.layer, x.to(dtype)))
@@ -292,17 +344,22 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
     def _constants_of(self, bank: Experts, device: torch.device) -> dict[str, Tensor]:
         key = (bank, device)
         if key not in self._constants:
-            self._constants[key] = {name: torch.tensor(values, device=device) for name, values in bank.constants().items()}
+            self._constants[key] = {
+                name: torch.tensor(values, device=device) for name, values in bank.constants().items()
+            }
         return self._constants[key]
 
 
 def scores_of(router: Router, p: dict[str, Tensor], x: Tensor) -> Tensor:
     """Router outputs [T, H] of x [T, d]."""
-    return nn.functional.linear(x, *router.heads(p)) if isinstance(router, LinearRouter) else router.scores(p, x)
+    return (
+        nn.functional.linear(x, *router.heads(p)) if isinstance(router, LinearRouter) else router.scores(p, x)
+    )
 
 
 def columns(weights: Tensor, places: list[list[int]]) -> Tensor:
-    """weights [T, n] -> [T, G, E]: the router output of each expert, by slices and broadcasts, since indexing scatters in backward."""
+    """weights [T, n] -> [T, G, E]: the router output of each expert, by slices and broadcasts, since indexing
+    scatters in backward."""
     flat = [c for row in places for c in row]
     if len(set(flat)) == 1:
         picked = weights.narrow(1, flat[0], 1).expand(-1, len(flat))
@@ -323,14 +380,19 @@ def bank_routing(routing: Routing, mixture: Mixture, name: str, bank: Experts) -
 
 
 def sequence_decision(router, name: str, hidden: Tensor, context: Context, decide) -> Routing:
-    """One decision a sequence [B, E], made from the pooled prompt at the prefill and kept beside the cache while decoding."""
+    """One decision a sequence [B, E], made from the pooled prompt at the prefill and kept beside the cache
+    while decoding."""
     if context.continues:
         if router.pool == "official_mean":
             raise ConfigError(
-                "router.pool='official_mean': expected prompt_mean or last_prompt with a KV cache, since it reads future tokens."
+                "router.pool='official_mean': expected prompt_mean or last_prompt with a KV cache, "
+                "since it reads future tokens."
             )
         if name not in context.gates:
-            raise ConfigError(f"{name}: the KV cache holds no decision of this router; start the generation with this adapter active.")
+            raise ConfigError(
+                f"{name}: the KV cache holds no decision of this router; start the generation with "
+                "this adapter active."
+            )
         return context.gates[name]
     prompt = context.prompt_tokens
     if prompt is None:
@@ -349,14 +411,21 @@ def sequence_decision(router, name: str, hidden: Tensor, context: Context, decid
 
 
 def shared_decision(router: FactRouter, experts: int, context: Context) -> Routing:
-    """One decision for all sites of a pass, [B L, E], from the facts of the batch; its sequence part is kept beside the cache."""
+    """One decision for all sites of a pass, [B L, E], from the facts of the batch; its sequence part is kept
+    beside the cache."""
     name = f"{router}/{experts}"
     if name not in context.shared:
         if not context.shape[0]:
-            raise ConfigError(f"router.kind={router.kind}: expected a pass of the whole model, since it routes by facts of the batch.")
+            raise ConfigError(
+                f"router.kind={router.kind}: expected a pass of the whole model, since it routes by "
+                "facts of the batch."
+            )
         found = router.decide(context, experts)
         if found is None and name not in context.gates:
-            raise ConfigError(f"router.kind={router.kind}: the KV cache holds no decision of it; start the generation with this adapter.")
+            raise ConfigError(
+                f"router.kind={router.kind}: the KV cache holds no decision of it; start the "
+                "generation with this adapter."
+            )
         kept = context.gates[name] = found if found is not None else context.gates[name]
         context.shared[name] = router.spread(kept, context)
     return context.shared[name]

@@ -44,21 +44,31 @@ class MixtureModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: MixtureConfig, model_config: dict) -> MixtureConfig:
         if not peft_config.spec:
-            raise ConfigError("spec={}: expected a method as plain data; moabench.methods.load(name) gives a config that has one.")
+            raise ConfigError(
+                "spec={}: expected a method as plain data; moabench.methods.load(name) gives a "
+                "config that has one."
+            )
         return peft_config
 
     def _prepare_model(self, peft_config: MixtureConfig, model: nn.Module) -> None:
         self._layers = decoder_layers(model)
         keep_layout(model)
-        shape = {"layers": len(self._layers), "hidden_size": next(iter(self._described(model).values())).width}
+        shape = {
+            "layers": len(self._layers),
+            "hidden_size": next(iter(self._described(model).values())).width,
+        }
         wrong = {k: v for k, v in peft_config.base.items() if k in shape and shape[k] != v}
         if wrong:
             found = {k: shape[k] for k in wrong}
-            raise ConfigError(f"adapter was made for another base: it expects {wrong}, this model has {found}.")
+            raise ConfigError(
+                f"adapter was made for another base: it expects {wrong}, this model has {found}."
+            )
         peft_config.base = shape
         method = peft_config.method
         if outside := {i for span, _ in method.layers for i in span if i >= len(self._layers)}:
-            raise ConfigError(f"layers: layer {min(outside)} is named, but this model's are 0 to {len(self._layers) - 1}.")
+            raise ConfigError(
+                f"layers: layer {min(outside)} is named, but this model's are 0 to {len(self._layers) - 1}."
+            )
         for i, layer in enumerate(self._described(model).values()):  # refuse before anything is attached
             Plan(method.in_layer(i), layer)
         if any(bank.place == "attention" for m in method.mixtures for bank in m.banks.values()):
@@ -70,7 +80,9 @@ class MixtureModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: MixtureConfig, key: str) -> bool:
         return key in self._layers
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ) -> None:
         if not hasattr(target, "mixture"):
             target.mixture = MixtureLayer(DecoderLayer(current_key, target, self.model.config))
         target.mixture.add(adapter_name, peft_config.method.in_layer(list(self._layers).index(current_key)))
@@ -100,7 +112,10 @@ class MixtureModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
-            raise ConfigError("merge_and_unload: a mixture's update depends on the token, so it cannot be merged; use unload().")
+            raise ConfigError(
+                "merge_and_unload: a mixture's update depends on the token, so it cannot be merged; "
+                "use unload()."
+            )
         return self.unload()
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -109,11 +124,15 @@ class MixtureModel(BaseTuner):
     # A forward pass
 
     def generate(self, *args: Any, skill_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own. Without a KV cache every pass sees the whole text again; sequence routers must pool over the prompt alone.
+        """The model's own. Without a KV cache every pass sees the whole text again; sequence routers must
+        pool over the prompt alone.
 
         skill_ids [B]: true skill of each prompt, for routers that read it.
         """
-        tokens = next((kwargs[k] for k in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(k) is not None), args[0] if args else None)
+        tokens = next(
+            (kwargs[k] for k in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(k) is not None),
+            args[0] if args else None,
+        )
         self.__dict__["prompt_length"] = None if tokens is None else tokens.shape[1]
         self.__dict__["generating_skills"] = skill_ids
         try:
@@ -134,7 +153,8 @@ class MixtureModel(BaseTuner):
             mask = mask[:, -length:].bool()
         elif mask is not None and (self.mixture_recorder is not None or self._pools()):
             raise ConfigError(
-                "attention_mask: expected [batch, length] where routing is recorded or pooled; padding is not seen otherwise."
+                "attention_mask: expected [batch, length] where routing is recorded or pooled; "
+                "padding is not seen otherwise."
             )
         else:
             mask = None
@@ -143,7 +163,9 @@ class MixtureModel(BaseTuner):
         if prompt is None and labels is not None:
             prompt = labels == -100
         if prompt is None and self.prompt_length is not None:
-            prompt = (torch.arange(length, device=tokens.device) < self.prompt_length).expand(tokens.shape[:2])
+            prompt = (torch.arange(length, device=tokens.device) < self.prompt_length).expand(
+                tokens.shape[:2]
+            )
         context = Context(
             mask=mask,
             prompt=None if prompt is None else prompt.bool(),
@@ -162,7 +184,10 @@ class MixtureModel(BaseTuner):
 
     def _pools(self) -> bool:
         """True where a router of the active adapter reads the prompt as a whole."""
-        return any(r.reads_prompt if isinstance(r, FactRouter) else r.granularity == "sequence" for r in self._routers())
+        return any(
+            r.reads_prompt if isinstance(r, FactRouter) else r.granularity == "sequence"
+            for r in self._routers()
+        )
 
     def _skills(self, given: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Skill ids [B] for the routers that read them, checked; None where none does or none were given."""
@@ -171,7 +196,9 @@ class MixtureModel(BaseTuner):
         count = tokens.shape[0]
         if given is None and self.generating_skills is not None:
             given = self.generating_skills
-            if given.dim() == 1 and len(given) and count % len(given) == 0:  # beams and returned sequences of a prompt lie together
+            if (
+                given.dim() == 1 and len(given) and count % len(given) == 0
+            ):  # beams and returned sequences of a prompt lie together
                 given = given.repeat_interleave(count // len(given))
         return None if given is None else checked_skills(given, count).to(tokens.device)
 
@@ -183,7 +210,9 @@ class MixtureModel(BaseTuner):
 
     def _keep_gates(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         context = kwargs.get("mixture_context")
-        cache = next((found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
+        cache = next(
+            (found for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None), None
+        )
         if context is None or not context.gates or cache is None or hasattr(cache, "mixture_gates"):
             return
         cache.mixture_gates = context.gates
@@ -198,7 +227,8 @@ class MixtureModel(BaseTuner):
 
 
 def checked_skills(ids: Tensor, count: int) -> Tensor:
-    """`ids` [count] int64, all at least 0. Raises ConfigError; on a GPU a negative id stops the device instead, without a wait."""
+    """`ids` [count] int64, all at least 0. Raises ConfigError; on a GPU a negative id stops the device
+    instead, without a wait."""
     if ids.dtype != torch.int64 or tuple(ids.shape) != (count,):
         found = f"{tuple(ids.shape)} {str(ids.dtype).removeprefix('torch.')}"
         raise ConfigError(f"skill_ids={found}: expected ({count},) int64, the id of each sequence's skill.")
@@ -220,14 +250,17 @@ def _following(cache: Any, method: Any, name: str):
     }[name]
 
     def wrapped(argument):
-        cache.mixture_gates = {k: r.map(lambda t: change(t, argument)) for k, r in cache.mixture_gates.items()}
+        cache.mixture_gates = {
+            k: r.map(lambda t: change(t, argument)) for k, r in cache.mixture_gates.items()
+        }
         return method(argument)
 
     return wrapped
 
 
 def param_count(model: nn.Module) -> dict[str, int]:
-    """Number of parameters: `trainable`, `total`, and of the active mixture `routers`, `experts` and each bank's own share.
+    """Number of parameters: `trainable`, `total`, and of the active mixture `routers`, `experts` and each
+    bank's own share.
 
     `total` counts the base too. Where no mixture is attached, only the first two are given.
     """
@@ -245,7 +278,8 @@ def param_count(model: nn.Module) -> dict[str, int]:
 
 
 def register() -> None:
-    """Make PEFT know the tuner, so that get_peft_model, save_pretrained and PeftModel.from_pretrained work."""
+    """Make PEFT know the tuner, so that get_peft_model, save_pretrained and PeftModel.from_pretrained
+    work."""
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MixtureConfig
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = MixtureModel
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = MixtureModel.prefix

@@ -1,4 +1,5 @@
-"""What one adapter does in one decoder layer, worked out once: which banks sit where, and the names of their tensors."""
+"""What one adapter does in one decoder layer, worked out once: which banks sit where, and the names of their
+tensors."""
 
 from __future__ import annotations
 
@@ -40,12 +41,14 @@ class Term:
 
     @property
     def apart(self) -> bool:
-        """True where the scores of the own routers are no linear map of the token, which the group's GEMM could make."""
+        """True where the scores of the own routers are no linear map of the token, which the group's GEMM
+        could make."""
         router = self.mixture.router
         return self.own_router and (router.granularity == "sequence" or not isinstance(router, LinearRouter))
 
     def sorts(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether its tokens are sorted by expert, rather than meeting all experts: every token selects K of them, and that is cheaper."""
+        """Whether its tokens are sorted by expert, rather than meeting all experts: every token selects K of
+        them, and that is cheaper."""
         bank, rule = self.bank, self.mixture.router.rule
         if not self.own_router or self.apart or not bank.sortable or rule is None or rule.select != "top_k":
             return False
@@ -65,17 +68,22 @@ class Term:
         self.columns: list[list[int]] = []
         if self.own_router:
             keys = self.mixture.router.params(self.places[0].shape[0], self.bank.n)
-            self.router_names = [{k: tensor_name(self.mixture, "router", role, k) for k in keys} for role in roles]
+            self.router_names = [
+                {k: tensor_name(self.mixture, "router", role, k) for k in keys} for role in roles
+            ]
         elif self.mixture.routed:  # output of the block's router for each expert, [G][E]
-            self.columns = [[self.mixture.column(self.name, role, i) for i in range(self.bank.n)] for role in roles]
+            self.columns = [
+                [self.mixture.column(self.name, role, i) for i in range(self.bank.n)] for role in roles
+            ]
 
 
 @dataclass
 class Pack:
     """The tensors of one group put together for its GEMMs.
 
-    a [R, d]: rows of all A but those of sorted terms, which `sorted_a` has; sizes: rows of each term in a; b: B of each place of each
-    term; heads [H, d]: rows of all routers, or None; head_sizes: rows of each routed term; biases: of the routers of each term, or None.
+    a [R, d]: rows of all A but those of sorted terms, which `sorted_a` has; sizes: rows of each term in a; b:
+    B of each place of each term; heads [H, d]: rows of all routers, or None; head_sizes: rows of each routed
+    term; biases: of the routers of each term, or None.
     """
 
     a: Tensor
@@ -89,7 +97,8 @@ class Pack:
 
 @dataclass
 class Group:
-    """The linears of one layer that read the same input (q, k and v, or gate and up), with all experts on them."""
+    """The linears of one layer that read the same input (q, k and v, or gate and up), with all experts on
+    them."""
 
     terms: list[Term]
     kept: dict[tuple, tuple[tuple, Pack]] = field(default_factory=dict)
@@ -99,7 +108,11 @@ class Group:
         self.linears = list({p.attribute: (p.parent, p.attribute) for p in self.places}.values())
         self.attributes = [attribute for _, attribute in self.linears]
         self.dropout = self.terms[0].bank.dropout
-        self.names = [n for t in self.terms for n in (*t.a_names, *t.b_names, *(n for r in t.router_names for n in r.values()))]
+        self.names = [
+            n
+            for t in self.terms
+            for n in (*t.a_names, *t.b_names, *(n for r in t.router_names for n in r.values()))
+        ]
         if len({t.bank.dropout for t in self.terms}) > 1:
             values = {t.name: t.bank.dropout for t in self.terms}
             raise ConfigError(f"dropout={values}: expected one value on linears that share an input.")
@@ -107,9 +120,9 @@ class Group:
     def pack(self, owned: Tensors, dtype: torch.dtype, sorts: tuple[bool, ...], continues: bool) -> Pack:
         """The group's tensors, A and B in `dtype`; sorts: which terms sort their tokens.
 
-        A pass that continues a KV cache takes those of the pass before, unless a tensor has changed: decoding would otherwise pay for it
-        at every token. Other passes do not, since fused optimisers and writes through `.data` change a tensor and leave its version as
-        it was.
+        A pass that continues a KV cache takes those of the pass before, unless a tensor has changed: decoding
+        would otherwise pay for it at every token. Other passes do not, since fused optimisers and writes
+        through `.data` change a tensor and leave its version as it was.
         """
         if torch.is_grad_enabled():
             return self._pack(owned, dtype, sorts)
@@ -140,7 +153,8 @@ def cat(tensors: list[Tensor]) -> Tensor:
 
 
 class Plan:
-    """The groups of linears of one adapter in one layer, and its banks at the feed-forward block and inside attention."""
+    """The groups of linears of one adapter in one layer, and its banks at the feed-forward block and inside
+    attention."""
 
     def __init__(self, method: Method, layer: DecoderLayer) -> None:
         self.mixtures = method.mixtures
@@ -154,7 +168,9 @@ class Plan:
         for roles in INPUTS:
             terms = []
             for mixture, name, bank in banks:
-                if isinstance(bank, LinearExperts) and (found := [layer.places[r] for r in roles if r in bank.targets]):
+                if isinstance(bank, LinearExperts) and (
+                    found := [layer.places[r] for r in roles if r in bank.targets]
+                ):
                     terms.append(Term(mixture, name, bank, found))
             if terms:
                 self.groups.append(Group(terms))
@@ -176,12 +192,27 @@ class Plan:
             for place in term.places:
                 add(term.mixture, term.name, place.role, term.bank.params(*place.shape))
                 if term.own_router:
-                    add(term.mixture, "router", place.role, term.mixture.router.params(place.shape[0], term.bank.n))
+                    add(
+                        term.mixture,
+                        "router",
+                        place.role,
+                        term.mixture.router.params(place.shape[0], term.bank.n),
+                    )
         for mixture, name, bank in self.feed_forward:
             add(mixture, name, "ffn", bank.params(layer.width, layer.places["down"].shape[0]))
         for mixture, name, bank in self.attention:
-            add(mixture, name, "attention", bank.params(layer.width, layer.places["q"].shape[1] // layer.attention.head_dim))
+            add(
+                mixture,
+                name,
+                "attention",
+                bank.params(layer.width, layer.places["q"].shape[1] // layer.attention.head_dim),
+            )
         for mixture in self.mixtures:
             if mixture.routed and mixture.site != "linear":
-                add(mixture, "router", mixture.site, mixture.router.params(layer.width, len(mixture.expert_names)))
+                add(
+                    mixture,
+                    "router",
+                    mixture.site,
+                    mixture.router.params(layer.width, len(mixture.expert_names)),
+                )
         return tensors

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class BankView:
     """One bank at one place.
 
-    A [rows, d_in], B [d_out, R], owner [R] (expert of each column of B), scale [E] for banks on linears; `tensors` has every tensor of
-    the bank by its own name.
+    A [rows, d_in], B [d_out, R], owner [R] (expert of each column of B), scale [E] for banks on linears;
+    `tensors` has every tensor of the bank by its own name.
     """
 
     name: str
@@ -50,8 +50,9 @@ class BankView:
 class Site:
     """One place with its router (None where nothing is routed) and the banks that it governs.
 
-    `experts` names the router's outputs; `tensors` are the router's. `module` is what runs there: the wrapped linear or feed-forward
-    block, or the decoder layer; `layer` is the layer's mixtures, of which `mixture` is this one. `place` is the last part of the name.
+    `experts` names the router's outputs; `tensors` are the router's. `module` is what runs there: the wrapped
+    linear or feed-forward block, or the decoder layer; `layer` is the layer's mixtures, of which `mixture` is
+    this one. `place` is the last part of the name.
     """
 
     name: str
@@ -75,13 +76,28 @@ def layer_sites(layer: MixtureLayer) -> list[Site]:
             for name, bank in mixture.banks.items()
             for place in (bank.targets if isinstance(bank, LinearExperts) else (bank.place,))
         ]
-        views = [BankView(name, bank, place, layer.tensor(mixture, name, place)) for name, bank, place in places]
+        views = [
+            BankView(name, bank, place, layer.tensor(mixture, name, place)) for name, bank, place in places
+        ]
         groups = [(v.place, [v]) for v in views] if mixture.site == "linear" else [(mixture.site, views)]
         for place, banks in groups:
             router = mixture.router if mixture.routed else None
             tensors = layer.tensor(mixture, "router", place) if mixture.routed else {}
             name, module = layer.site_name(mixture, place), _module(layer, mixture.site, place)
-            sites.append(Site(name, mixture.site, router, mixture.expert_names, tensors, banks, place, module, layer, mixture))
+            sites.append(
+                Site(
+                    name,
+                    mixture.site,
+                    router,
+                    mixture.expert_names,
+                    tensors,
+                    banks,
+                    place,
+                    module,
+                    layer,
+                    mixture,
+                )
+            )
     return sites
 
 

@@ -8,7 +8,8 @@ from synthetic import write_run
 
 @pytest.fixture(scope="session")
 def runs_dir(tmp_path_factory) -> Path:
-    """Two methods that differ, one that equals the first, three seeds each; one run that failed and one cut off."""
+    """Two methods that differ, one that equals the first, three seeds each; one run that failed and one cut
+    off."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in range(3):
         write_run(folder, "lora", seed, chance=0.55)

@@ -1,4 +1,5 @@
-"""Load measures against their definitions: closed forms, bounds, invariance under permutation of experts, simulation of the sampling floor.
+"""Load measures against their definitions: closed forms, bounds, invariance under permutation of experts,
+simulation of the sampling floor.
 
 pytest tests/analysis/test_balance.py
 """
@@ -35,9 +36,13 @@ def test_balance_at_its_extremes(name):
 
 def test_balance_of_a_skewed_share_by_hand():
     found = balance.measures(SKEWED)
-    assert found["cv"].item() == pytest.approx(math.sqrt(sum((x - 1 / 8) ** 2 for x in SKEWED.tolist()) / 8) * 8)
+    assert found["cv"].item() == pytest.approx(
+        math.sqrt(sum((x - 1 / 8) ** 2 for x in SKEWED.tolist()) / 8) * 8
+    )
     assert found["max_vio"].item() == pytest.approx(0.4 * 8 - 1)
-    pairs = sum(abs(a - b) for a in SKEWED.tolist() for b in SKEWED.tolist()) / (2 * 8)  # Gini as mean absolute difference
+    pairs = sum(abs(a - b) for a in SKEWED.tolist() for b in SKEWED.tolist()) / (
+        2 * 8
+    )  # Gini as mean absolute difference
     assert found["gini"].item() == pytest.approx(pairs)
     entropy = -sum(p * math.log(p) for p in (0.1, 0.2, 0.3, 0.4))
     assert found["entropy"].item() == pytest.approx(entropy / math.log(8))
@@ -64,14 +69,19 @@ def test_shares_of_a_variable_number_of_experts():
     torch.testing.assert_close(balance.usage(counts, tokens), torch.tensor([2 / 3, 1 / 3, 0]).double())
     assert balance.mean_active(counts, tokens).item() == 1.0
     assert balance.dead_share(counts).item() == pytest.approx(1 / 3)
-    assert balance.activated_parameters(balance.usage(counts, tokens), torch.tensor([30, 60, 90])).item() == pytest.approx(40)
+    assert balance.activated_parameters(
+        balance.usage(counts, tokens), torch.tensor([30, 60, 90])
+    ).item() == pytest.approx(40)
 
 
 def test_soft_unnormalised_gates_count_by_their_share_of_the_row():
-    """A token with gates (0.9, 0.1) and one with (0.01, 0.09): by weight the first dominates, by membership both count equally."""
+    """A token with gates (0.9, 0.1) and one with (0.01, 0.09): by weight the first dominates, by membership
+    both count equally."""
     weights = torch.tensor([[0.9, 0.1], [0.01, 0.09]])
     torch.testing.assert_close(balance.importance(weights.sum(0)), torch.tensor([0.91, 0.19]).double() / 1.1)
-    torch.testing.assert_close(balance.importance(balance.membership(weights).sum(0)), torch.tensor([0.5, 0.5]).double())
+    torch.testing.assert_close(
+        balance.importance(balance.membership(weights).sum(0)), torch.tensor([0.5, 0.5]).double()
+    )
     assert balance.membership(torch.zeros(1, 2)).tolist() == [[0, 0]]
 
 
@@ -87,13 +97,20 @@ def test_nothing_counted_is_nan_not_zero():
 
 def test_uniform_routing_by_chance_reaches_the_floor():
     generator = torch.Generator().manual_seed(0)
-    counts = torch.stack([torch.randint(E, (1000,), generator=generator).bincount(minlength=E) for _ in range(4000)])
-    found = balance.cv(balance.assignment_share(counts)).square().mean().sqrt().item()  # the mean of CV^2 is (E-1)/N exactly
+    counts = torch.stack(
+        [torch.randint(E, (1000,), generator=generator).bincount(minlength=E) for _ in range(4000)]
+    )
+    found = (
+        balance.cv(balance.assignment_share(counts)).square().mean().sqrt().item()
+    )  # the mean of CV^2 is (E-1)/N exactly
     assert found == pytest.approx(balance.cv_floor(E, 1000), rel=0.02)
 
 
 def test_simulated_floors():
-    """Values of the measures' source for 8 experts: CV .081, MaxVio .13, Gini .044 at 1,000 assignments, and .025, .040, .014 at 10,000."""
+    """Values of the measures' source for 8 experts: CV .081, MaxVio .13, Gini .044 at 1,000 assignments, and
+    .025, .040, .014 at 10,000."""
     few, many = (balance.floors(E, n, draws=200) for n in (1000, 10_000))
     assert [few[name] for name in ("cv", "max_vio", "gini")] == pytest.approx([0.081, 0.13, 0.044], rel=0.05)
-    assert [many[name] for name in ("cv", "max_vio", "gini")] == pytest.approx([0.025, 0.040, 0.014], rel=0.06)
+    assert [many[name] for name in ("cv", "max_vio", "gini")] == pytest.approx(
+        [0.025, 0.040, 0.014], rel=0.06
+    )

@@ -18,7 +18,13 @@ def problem_of(folder):
 
 def test_runs_that_differ_in_the_seed_alone_are_one_entry(runs_dir):
     problem = problem_of(runs_dir)
-    assert {e.label: len(e.finished) for e in problem.entries} == {"lora": 3, "molora": 3, "mixlora": 3, "dora": 0, "rslora": 0}
+    assert {e.label: len(e.finished) for e in problem.entries} == {
+        "lora": 3,
+        "molora": 3,
+        "mixlora": 3,
+        "dora": 0,
+        "rslora": 0,
+    }
     assert problem.finished[0].label == "molora"
 
 
@@ -31,7 +37,9 @@ def test_variants_of_a_method_are_told_apart_by_what_differs(tmp_path):
     assert labels == {"molora (router.kind=softmax)", "molora (router.kind=topk, router.k=2)", "lora"}
 
 
-@pytest.mark.parametrize("change", [{"protocol": "label"}, {"data__eval_limit": 10}, {"model__name": "other"}])
+@pytest.mark.parametrize(
+    "change", [{"protocol": "label"}, {"data__eval_limit": 10}, {"model__name": "other"}]
+)
 def test_other_questions_models_and_protocols_are_other_problems(tmp_path, change):
     write_run(tmp_path, "lora")
     write_run(tmp_path, "lora", **change)
@@ -43,7 +51,9 @@ def test_questions_that_changed_under_the_same_config_are_another_problem(tmp_pa
     for seed in (0, 1):
         run = write_run(tmp_path, "lora", seed)
         about = files.read_json(run / "environment.json")
-        files.write_json(run / "environment.json", about | {"inputs": {"evaluation": {"arc_easy": f"print{seed}"}}})
+        files.write_json(
+            run / "environment.json", about | {"inputs": {"evaluation": {"arc_easy": f"print{seed}"}}}
+        )
     names = [problem.name for problem in problems(load(tmp_path))]
     assert len(set(names)) == 2 and all("questions or weights" in name for name in names)
 
@@ -65,7 +75,12 @@ def test_other_machines_commits_and_missing_seeds_are_remarked(tmp_path):
     files.write_json(run / "environment.json", {"code": code, "device_name": "a GPU", "threads": 1})
     problem = problem_of(tmp_path)
     found = problem.remarks(problem.entry("molora"))
-    assert found == ["1 of 2 seeds", "other machine than lora", "other commit than lora", "code with uncommitted changes"]
+    assert found == [
+        "1 of 2 seeds",
+        "other machine than lora",
+        "other commit than lora",
+        "code with uncommitted changes",
+    ]
 
 
 def test_a_seed_that_was_run_twice_is_remarked(tmp_path):
@@ -144,4 +159,7 @@ def test_words_turn_the_interval_with_the_difference(runs_dir):
     problem = problem_of(runs_dir)
     a, b = problem.entry("lora"), problem.entry("molora")
     found = Comparison(Interval(-0.05, -0.08, -0.02), 0.001, -1.0, 0.03, (3, 3), 100, "methods")
-    assert "molora is better than lora by 5.0 points, 95 % interval 2.0 to 8.0" in Pair(a, b, found, 0.001, 1).words()
+    assert (
+        "molora is better than lora by 5.0 points, 95 % interval 2.0 to 8.0"
+        in Pair(a, b, found, 0.001, 1).words()
+    )

@@ -1,4 +1,5 @@
-"""Measures of experts: rank space against explicit outputs and updates, loops over definitions, invariances, values by chance.
+"""Measures of experts: rank space against explicit outputs and updates, loops over definitions, invariances,
+values by chance.
 
 pytest tests/analysis/test_experts.py
 """
@@ -26,7 +27,8 @@ def owned(p, owner):
 
 @pytest.fixture
 def pairs():
-    """x [N, D_IN], a [R, D_IN], b [D_OUT, R] of three experts of different ranks, and their explicit outputs [E, N, D_OUT]."""
+    """x [N, D_IN], a [R, D_IN], b [D_OUT, R] of three experts of different ranks, and their explicit outputs
+    [E, N, D_OUT]."""
     x, a, b = drawn(N, D_IN), drawn(sum(RANKS), D_IN, seed=1), drawn(D_OUT, sum(RANKS), seed=2)
     outputs = torch.stack([x @ a[e == OWNER].T @ b[:, e == OWNER].T for e in range(3)])
     return x, a, b, outputs
@@ -107,7 +109,11 @@ def test_cka_ignores_rotation_scale_and_shift(pairs):
 
 def test_unrelated_outputs_have_no_debiased_cka_where_the_plain_one_is_biased():
     """n = 2 d: the plain value of independent outputs is far from 0."""
-    values = [experts.cka(drawn(2, 64, 32, seed=s), debiased)[0, 1].item() for debiased in (False, True) for s in range(40)]
+    values = [
+        experts.cka(drawn(2, 64, 32, seed=s), debiased)[0, 1].item()
+        for debiased in (False, True)
+        for s in range(40)
+    ]
     assert sum(values[:40]) / 40 > 0.3
     assert abs(sum(values[40:]) / 40) < 0.01
 
@@ -153,7 +159,10 @@ def test_overlap_and_distance_at_their_ends_and_by_chance():
     assert experts.grassmann_distance(u, v).item() == pytest.approx(1)
     assert experts.grassmann_distance(u, u).item() == pytest.approx(0, abs=1e-6)
     mean = sum(
-        experts.overlap(torch.linalg.qr(drawn(60, 3, seed=2 * s)).Q, torch.linalg.qr(drawn(60, 6, seed=2 * s + 1)).Q) for s in range(200)
+        experts.overlap(
+            torch.linalg.qr(drawn(60, 3, seed=2 * s)).Q, torch.linalg.qr(drawn(60, 6, seed=2 * s + 1)).Q
+        )
+        for s in range(200)
     )
     assert mean.item() / 200 == pytest.approx(experts.overlap_by_chance(3, 6, 60), rel=0.05)
     torch.testing.assert_close(experts.overlaps([u, v]), torch.eye(2).double(), atol=1e-12, rtol=0)
@@ -174,12 +183,18 @@ def test_ranks_in_closed_form_and_of_a_gaussian():
         assert rank(flat).item() == pytest.approx(6)
         assert rank(one).item() == pytest.approx(1)
     s = torch.tensor([2.0, 1.0]).double()
-    assert experts.effective_rank(s).item() == pytest.approx(math.exp(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))))
+    assert experts.effective_rank(s).item() == pytest.approx(
+        math.exp(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)))
+    )
     assert experts.stable_rank(s).item() == pytest.approx(5 / 4)
     assert experts.participation_ratio(s).item() == pytest.approx(25 / 17)
     gaussian = experts.spectrum(drawn(200, 64), centre=False)
-    found = [f(gaussian).item() for f in (experts.effective_rank, experts.stable_rank, experts.participation_ratio)]
-    assert found == pytest.approx([61.1, 26.6, 48.0], rel=0.07)  # another draw of the same shape, by the measures' source
+    found = [
+        f(gaussian).item() for f in (experts.effective_rank, experts.stable_rank, experts.participation_ratio)
+    ]
+    assert found == pytest.approx(
+        [61.1, 26.6, 48.0], rel=0.07
+    )  # another draw of the same shape, by the measures' source
 
 
 def test_redundant_experts_cost_less_than_a_hundredth_of_the_gain():

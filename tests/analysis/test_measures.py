@@ -15,7 +15,9 @@ README = Path(__file__).resolve().parents[2] / "analysis" / "README.md"
 
 
 def test_the_readme_has_the_list():
-    assert measures.table() in README.read_text(), "python -m moabench.analysis.measures prints the list as it is now"
+    assert measures.table() in README.read_text(), (
+        "python -m moabench.analysis.measures prints the list as it is now"
+    )
 
 
 def test_every_measure_has_a_definition():
@@ -24,7 +26,11 @@ def test_every_measure_has_a_definition():
 
 def test_the_worst_site_is_at_the_worse_end():
     values = torch.tensor([0.2, 0.9, math.nan])
-    assert measures.over_sites("load/max_vio", values) == pytest.approx({"load/max_vio": 0.55, "load/max_vio_worst": 0.9})
-    assert measures.over_sites("load/effective_experts", values)["load/effective_experts_worst"] == pytest.approx(0.2)
+    assert measures.over_sites("load/max_vio", values) == pytest.approx(
+        {"load/max_vio": 0.55, "load/max_vio_worst": 0.9}
+    )
+    assert measures.over_sites("load/effective_experts", values)[
+        "load/effective_experts_worst"
+    ] == pytest.approx(0.2)
     assert measures.over_sites("load/mean_active", values) == pytest.approx({"load/mean_active": 0.55})
     assert measures.over_sites("load/max_vio", torch.tensor([math.nan])) == {}

@@ -19,7 +19,9 @@ def test_conflict_of_task_gradients():
     assert cosine[1, 3].item() == pytest.approx(3 / (5 * math.sqrt(2)))
     assert cosine[2].isnan().all()
     assert opt.conflict_share(GRADIENTS).item() == pytest.approx(1 / 3)
-    assert opt.mean_cosine(GRADIENTS).item() == pytest.approx((-math.sqrt(0.5) + 0 + 3 / (5 * math.sqrt(2))) / 3)
+    assert opt.mean_cosine(GRADIENTS).item() == pytest.approx(
+        (-math.sqrt(0.5) + 0 + 3 / (5 * math.sqrt(2))) / 3
+    )
     assert opt.conflict_share(GRADIENTS[2:]).isnan()
 
 

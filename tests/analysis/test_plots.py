@@ -43,7 +43,9 @@ def test_cost_shows_mean_accuracy_at_the_mean_cost(problem):
 def test_learning_curves_are_means_over_seeds_with_a_band(tmp_path):
     for seed, factor in ((0, 1.0), (1, 3.0)):
         run = write_run(tmp_path, "lora", seed)
-        files.write_parquet(run / "history.parquet", [{"step": s, "loss/task": factor / s} for s in (1, 2, 4)])
+        files.write_parquet(
+            run / "history.parquet", [{"step": s, "loss/task": factor / s} for s in (1, 2, 4)]
+        )
     (problem,) = problems(load(tmp_path))
     (plot,) = curves.learning(problem)
     axis = plot.figure.axes[0]
@@ -58,7 +60,9 @@ def test_load_map_is_share_times_experts_of_one_seed(problem):
     run = entry.finished["run"].iloc[0]
     rows = problem.study.routing
     rows = rows[(rows.run == run) & rows.skill.isna()]
-    share = rows.assign(load=rows.soft_share * rows.tokens).pivot_table(index="site", columns="index", values="load", aggfunc="sum")
+    share = rows.assign(load=rows.soft_share * rows.tokens).pivot_table(
+        index="site", columns="index", values="load", aggfunc="sum"
+    )
     share = share.div(share.sum(axis=1), axis=0).to_numpy()
     axis = next(axis for axis in plot.figure.axes if axis.get_title().startswith("mixlora"))
     assert axis.get_title().endswith("seed 0")
@@ -69,7 +73,10 @@ def test_an_expert_without_tokens_keeps_its_place(tmp_path):
     """Expert 1 of three has no row in the co-activation matrix: rows must not move up."""
     run = write_run(tmp_path, "molora")
     entries = [(0, 1, 0.0), (0, 2, 0.5), (2, 0, 0.25), (2, 1, 0.0)]
-    rows = [{"step": 9, "site": "model.layers.0.q", "name": "coactivation", "i": i, "j": j, "value": v} for i, j, v in entries]
+    rows = [
+        {"step": 9, "site": "model.layers.0.q", "name": "coactivation", "i": i, "j": j, "value": v}
+        for i, j, v in entries
+    ]
     files.write_parquet(run / "matrices.parquet", rows)
     (problem,) = problems(load(tmp_path))
     (plot,) = routing.coactivation(problem)
@@ -82,12 +89,24 @@ def test_specialisation_is_the_lift_at_the_site_where_it_is_strongest(tmp_path):
     """Site 1: expert 0 takes all of skill a, expert 1 all of b; site 0: both the same."""
     run = write_run(tmp_path, "molora")
     rows = []
-    for site, shares in (("model.layers.0.q", ((0.5, 0.5), (0.5, 0.5))), ("model.layers.1.q", ((1.0, 0.0), (0.0, 1.0)))):
+    for site, shares in (
+        ("model.layers.0.q", ((0.5, 0.5), (0.5, 0.5))),
+        ("model.layers.1.q", ((1.0, 0.0), (0.0, 1.0))),
+    ):
         for skill, of in zip(("a", "b"), shares, strict=True):
             rows += [
-                {"split": "test", "task": "t@builtin:label", "skill": skill, "site": site, "expert": f"e{i}", "index": i, "tokens": 10,
-                 "assignments": 10 * of[i]} for i in (0, 1)
-            ]  # fmt: skip
+                {
+                    "split": "test",
+                    "task": "t@builtin:label",
+                    "skill": skill,
+                    "site": site,
+                    "expert": f"e{i}",
+                    "index": i,
+                    "tokens": 10,
+                    "assignments": 10 * of[i],
+                }
+                for i in (0, 1)
+            ]
     files.write_parquet(run / "routing.parquet", rows)
     (problem,) = problems(load(tmp_path))
     (plot,) = routing.specialisation(problem)
@@ -99,7 +118,15 @@ def test_specialisation_is_the_lift_at_the_site_where_it_is_strongest(tmp_path):
 def test_every_plot_can_be_written(problem, tmp_path):
     plots = figures(problem)
     names = [plot.name for plot in plots]
-    assert {"cost", "learning", "load", "collapse", "load_map", "coactivation-molora", "specialisation-mixlora"} <= set(names)
+    assert {
+        "cost",
+        "learning",
+        "load",
+        "collapse",
+        "load_map",
+        "coactivation-molora",
+        "specialisation-mixlora",
+    } <= set(names)
     assert len(set(names)) == len(names) and all(plot.caption for plot in plots)
     for file in save(plots[:2], tmp_path, "svg") + save(plots[:1], tmp_path, "pdf"):
         assert file.stat().st_size > 1000

@@ -28,7 +28,9 @@ def runs(tmp_path):
 def test_each_run_is_sent_once(runs, tmp_path, capsys):
     calls = []
     assert sorted(push(load(tmp_path), sync=calls.append)) == sorted(runs)
-    assert len(calls) == 4 and all(read_json(run / MARKER)["folders"] == ["offline-run-20260101_000000-abcd"] for run in runs)
+    assert len(calls) == 4 and all(
+        read_json(run / MARKER)["folders"] == ["offline-run-20260101_000000-abcd"] for run in runs
+    )
     assert push(load(tmp_path), sync=calls.append) == [] and len(calls) == 4
     assert "0 to send, 4 sent before" in capsys.readouterr().out
 
@@ -69,7 +71,9 @@ def test_runs_are_sent_at_the_same_time(runs, tmp_path):
 def test_what_fails_is_said_and_tried_again(runs, tmp_path, capsys):
     bad = sorted(runs)[1]
     with pytest.raises(RunError, match=f"1 of 4 runs were not sent .{bad.name}"):
-        push(load(tmp_path), sync=lambda folders: "the network is gone" if bad in folders[0].parents else None)
+        push(
+            load(tmp_path), sync=lambda folders: "the network is gone" if bad in folders[0].parents else None
+        )
     assert f"not sent {bad.name}: the network is gone" in capsys.readouterr().err
     assert push(load(tmp_path), sync=lambda folders: None) == [bad]
 

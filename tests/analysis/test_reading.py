@@ -17,7 +17,12 @@ def test_one_row_a_run_with_config_environment_and_metrics(runs_dir):
     study = load(runs_dir)
     assert len(study.runs) == 11 and len(study.finished) == 9
     row = study.finished[(study.finished.method == "mixlora") & (study.finished.seed == 1)].iloc[0]
-    assert (row["train.lr"], row["data"], row["task"], row["environment.code.commit"][:6]) == (1e-3, "builtin", "arc", "c0ffee")
+    assert (row["train.lr"], row["data"], row["task"], row["environment.code.commit"][:6]) == (
+        1e-3,
+        "builtin",
+        "arc",
+        "c0ffee",
+    )
     assert row["accuracy"] == pytest.approx(row[[c for c in study.runs if c.startswith("eval/")]].mean())
     assert study.configs[row["run"]]["task"]["eval"] == CONFIG["task"]["eval"]
 
@@ -111,6 +116,12 @@ def test_flat():
 
 def test_importing_the_package_imports_nothing_heavy():
     code = (
-        "import sys, moabench.analysis; moabench.analysis.load; print(sorted({'torch', 'matplotlib', 'transformers'} & set(sys.modules)))"
+        "import sys, moabench.analysis; moabench.analysis.load; print(sorted({'torch', 'matplotlib', "
+        "'transformers'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

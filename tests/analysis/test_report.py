@@ -64,7 +64,15 @@ def test_every_run_has_its_page_failed_ones_too(page, runs_dir):
 
 
 def test_leaderboard_statistics_plots_and_commands_are_there(page):
-    for heading in ("Leaderboard", "Statistics", "Plots", "Each row again", "What was read", "Expert load", "Config"):
+    for heading in (
+        "Leaderboard",
+        "Statistics",
+        "Plots",
+        "Each row again",
+        "What was read",
+        "Expert load",
+        "Config",
+    ):
         assert f">{heading}<" in page
     assert page.count("<figure>") >= 5
     assert "9 of 11 runs are finished (1 failed, 1 interrupted)" in page and "probes.parquet: absent" in page
@@ -76,8 +84,15 @@ def test_summary_says_what_the_tests_say(runs_dir):
     assert "Highest mean accuracy: molora" in words
     better = re.search(r"Shown to be better than ([^.]*)\.", words).group(1)
     assert set(better.split(", ")) == {"lora", "mixlora"}
-    assert "Budgets are unequal (molora)" in words and "mixlora (train.lr=0.001)" in words and "Holm over 3" in words
-    assert "chance 25 %, frozen base 25.0 %" in words and "dora (failed, seed 0: RunError: out of memory" in words
+    assert (
+        "Budgets are unequal (molora)" in words
+        and "mixlora (train.lr=0.001)" in words
+        and "Holm over 3" in words
+    )
+    assert (
+        "chance 25 %, frozen base 25.0 %" in words
+        and "dora (failed, seed 0: RunError: out of memory" in words
+    )
 
 
 def test_one_seed_is_no_ranking(tmp_path):
@@ -107,19 +122,33 @@ def test_command_line(runs_dir, tmp_path, capsys):
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_in_a_browser_tables_sort_and_runs_have_pages(page, runs_dir, tmp_path):
-    """The page's own script, run by a real browser: a click on `parameters` sorts, a run's address shows that run alone."""
+    """The page's own script, run by a real browser: a click on `parameters` sorts, a run's address shows that
+    run alone."""
     find = "[...document.querySelectorAll('th button')].find((b) => b.textContent == 'parameters')"
     click = f"<script>for (const _ of [1, 2]) {find}.click();</script>"
     (tmp_path / "page.html").write_text(page.replace("</body>", click + "</body>"))
     run = load(runs_dir).finished["run"].iloc[0]
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    command = ["chromium", *flags.split(), f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--dump-dom"]
-    done = subprocess.run([*command, f"file://{tmp_path}/page.html#{run}"], capture_output=True, text=True, timeout=120)
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync"
+    )
+    command = [
+        "chromium",
+        *flags.split(),
+        f"--user-data-dir={tmp_path}/profile",
+        "--enable-logging=stderr",
+        "--dump-dom",
+    ]
+    done = subprocess.run(
+        [*command, f"file://{tmp_path}/page.html#{run}"], capture_output=True, text=True, timeout=120
+    )
     assert "CONSOLE" not in done.stderr
     assert re.search(r'<body class="paged on-run">', done.stdout)
     assert re.findall(r'class="run shown" id="([^"]*)"', done.stdout) == [run]
     board = done.stdout[done.stdout.index(">Leaderboard<") : done.stdout.index(">Statistics<")]
-    sizes = [int(size.replace(",", "")) for size in re.findall(r'<td class="number "[^>]*>(1,\d00)</td>', board)]
+    sizes = [
+        int(size.replace(",", "")) for size in re.findall(r'<td class="number "[^>]*>(1,\d00)</td>', board)
+    ]
     assert sizes == [1000, 1000, 1500]
 
 
@@ -128,7 +157,11 @@ def test_the_protocol_of_a_study_is_in_its_report(tmp_path):
     budget = {"size": "lora_r8", "match": "params", "tolerance": 0.02}
     for method, count in (("lora", 1000), ("molora", 1010)):
         for seed in (0, 1):
-            changes = {"train__lr_grid": [1e-3, 2e-3], "train__accumulation": 2, "experiment": {"name": "small", "about": "two methods"}}
+            changes = {
+                "train__lr_grid": [1e-3, 2e-3],
+                "train__accumulation": 2,
+                "experiment": {"name": "small", "about": "two methods"},
+            }
             folder = write_run(tmp_path, method, seed=seed, trainable=count, budget=budget, **changes)
             metrics = files.read_json(folder / "metrics.json")
             files.write_json(folder / "metrics.json", metrics | {"tuning/lr": 1e-3 * (1 + seed)})
@@ -138,7 +171,10 @@ def test_the_protocol_of_a_study_is_in_its_report(tmp_path):
     assert found["training"].startswith("300 steps of 16 x 2 sequences")
     assert found["learning rate"].startswith("of 0.001, 0.002, the best on held-out training rows")
     assert "molora 0.001, 0.002" in found["learning rate"]
-    assert found["budget"].startswith("lora_r8, trainable parameters within 2%") and "molora 1,010" in found["budget"]
+    assert (
+        found["budget"].startswith("lora_r8, trainable parameters within 2%")
+        and "molora 1,010" in found["budget"]
+    )
     assert "lora: 0, 1; molora: 0, 1" in found["seeds"]
     page = report(load(tmp_path))
     assert "How it was done" in page and "the best on held-out training rows" in page

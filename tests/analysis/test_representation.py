@@ -30,7 +30,9 @@ def by_definition(x, membership):
 
 
 def one_hot(seed=0):
-    return torch.nn.functional.one_hot(torch.randint(K, (T,), generator=torch.Generator().manual_seed(seed)), K).double()
+    return torch.nn.functional.one_hot(
+        torch.randint(K, (T,), generator=torch.Generator().manual_seed(seed)), K
+    ).double()
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft", "two of four"])
@@ -39,7 +41,9 @@ def test_the_cheap_form_is_the_definition(kind):
     membership = one_hot() if kind == "hard" else drawn(T, K, seed=1).softmax(-1)
     if kind == "two of four":
         membership = torch.zeros(T, K).double().scatter_(-1, membership.topk(2).indices, 0.5)
-    assert rep.within_between(x, membership).item() == pytest.approx(by_definition(x, membership).item(), rel=1e-6)
+    assert rep.within_between(x, membership).item() == pytest.approx(
+        by_definition(x, membership).item(), rel=1e-6
+    )
 
 
 def test_collapse_ignores_rotation_scale_shift_and_empty_experts():
@@ -61,11 +65,14 @@ def test_tokens_pulled_to_their_expert_are_collapsed():
 
 
 def test_unrelated_routing_is_at_the_shuffled_value_which_grows_with_the_number_of_tokens():
-    """The cause of absolute RC being useless: measured in metrics notes as 118, 539, 2,004 for d 64, K 8 and N 1k, 4k, 16k."""
+    """The cause of absolute RC being useless: measured in metrics notes as 118, 539, 2,004 for d 64, K 8 and
+    N 1k, 4k, 16k."""
     found = []
     for n in (1000, 4000):
         x = drawn(n, 64)
-        membership = torch.nn.functional.one_hot(torch.randint(8, (n,), generator=torch.Generator().manual_seed(n)), 8)
+        membership = torch.nn.functional.one_hot(
+            torch.randint(8, (n,), generator=torch.Generator().manual_seed(n)), 8
+        )
         found.append(rep.within_between(x, membership).item())
         shuffled = rep.shuffled_within_between(x, membership)
         assert abs(rep.clustering(torch.tensor(found[-1]), shuffled).item()) < 0.35
@@ -81,7 +88,9 @@ def test_a_constant_router_has_no_classes():
 def test_drift_of_an_unchanged_a_scaled_and_an_unrelated_state():
     x = drawn(T, D)
     assert rep.drift_norm(x, x).item() == 0 and rep.drift_cka(x, x).item() == pytest.approx(1)
-    assert rep.drift_norm(1.5 * x, x).item() == pytest.approx(0.5) and rep.drift_cka(1.5 * x, x).item() == pytest.approx(1)
+    assert rep.drift_norm(1.5 * x, x).item() == pytest.approx(0.5) and rep.drift_cka(
+        1.5 * x, x
+    ).item() == pytest.approx(1)
     assert abs(rep.drift_cka(drawn(T, D, seed=1), x).item()) < 0.05
 
 
@@ -99,7 +108,12 @@ def test_token_similarity_by_a_loop_over_pairs():
 
 def test_over_smoothing_by_a_loop_without_padding():
     x, real = drawn(3, 6, D) + 1, torch.arange(6) < torch.tensor([[6], [2], [4]])
-    found = [torch.cosine_similarity(x[b, t], x[b][real[b]].mean(0), 0) for b in range(3) for t in range(6) if real[b, t]]
+    found = [
+        torch.cosine_similarity(x[b, t], x[b][real[b]].mean(0), 0)
+        for b in range(3)
+        for t in range(6)
+        if real[b, t]
+    ]
     assert rep.over_smoothing(x, real).item() == pytest.approx((sum(found) / len(found)).item())
 
 

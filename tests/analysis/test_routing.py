@@ -25,9 +25,13 @@ def top(scores, k):
 
 def test_decisiveness_is_zero_for_a_constant_router_and_ln_e_for_a_specialised_one():
     constant = SKEWED.expand(100, E)
-    assert routing.decisiveness(constant.mean(0), entropy(constant).mean()).item() == pytest.approx(0, abs=1e-12)
+    assert routing.decisiveness(constant.mean(0), entropy(constant).mean()).item() == pytest.approx(
+        0, abs=1e-12
+    )
     specialised = torch.eye(E, dtype=torch.float64).repeat(10, 1)
-    assert routing.decisiveness(specialised.mean(0), entropy(specialised).mean()).item() == pytest.approx(math.log(E))
+    assert routing.decisiveness(specialised.mean(0), entropy(specialised).mean()).item() == pytest.approx(
+        math.log(E)
+    )
     torch.testing.assert_close(routing.router_entropy(specialised), torch.zeros(80).double())
 
 
@@ -72,14 +76,20 @@ def test_coactivation_by_counting():
     assert found[3].isnan().all(), "expert 3 is never used"
     assert routing.coactivation_peak(counts).item() == pytest.approx((2 / 3 + 1 + 1 / 2) / 3)
     usage = [3 / 4, 2 / 4, 2 / 4]
-    by_hand = (max(2 / 3 - usage[1], 1 / 3 - usage[2], 0 - 0) + (1 - usage[0]) + max(1 / 2 - usage[0], 0 - usage[1], 0)) / 3
+    by_hand = (
+        max(2 / 3 - usage[1], 1 / 3 - usage[2], 0 - 0)
+        + (1 - usage[0])
+        + max(1 / 2 - usage[0], 0 - usage[1], 0)
+    ) / 3
     assert routing.coactivation_excess(counts, torch.tensor(4)).item() == pytest.approx(by_hand)
 
 
 def test_independent_experts_have_no_excess_coactivation():
     chosen = (drawn(200_000, 4) < torch.tensor([0.2, 0.4, 0.6, 0.8])).double()
     assert abs(routing.coactivation_excess(routing.together(chosen), torch.tensor(200_000)).item()) < 0.01
-    assert routing.coactivation_peak(routing.together(chosen)).item() == pytest.approx((0.8 * 3 + 0.6) / 4, abs=0.01)
+    assert routing.coactivation_peak(routing.together(chosen)).item() == pytest.approx(
+        (0.8 * 3 + 0.6) / 4, abs=0.01
+    )
 
 
 def test_soft_coactivation_is_the_cosine_of_weight_columns():
@@ -102,7 +112,9 @@ def test_total_variation_of_soft_and_one_hot_rows():
     before, after = torch.tensor([[0.5, 0.5], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.3]])
     assert routing.total_variation(before, after).item() == pytest.approx((0.5 + 1) / 2)
     one, other = (torch.nn.functional.one_hot(torch.randint(E, (300,))) for _ in range(2))
-    assert routing.total_variation(one, other).item() == pytest.approx(routing.fluctuation(one.bool(), other.bool()).item())
+    assert routing.total_variation(one, other).item() == pytest.approx(
+        routing.fluctuation(one.bool(), other.bool()).item()
+    )
 
 
 def test_consistency_finds_renamed_experts_only_when_it_matches_them():
@@ -120,6 +132,8 @@ def test_affinity_of_a_copied_and_of_an_unrelated_layer():
     w = torch.nn.functional.one_hot(torch.randint(4, (4000,), generator=torch.Generator().manual_seed(0)), 4)
     torch.testing.assert_close(routing.affinity(w, w.roll(1, -1)), torch.eye(4).double().roll(1, -1))
     assert routing.affinity_information(w, w.roll(1, -1)).item() == pytest.approx(1, abs=0.01)
-    other = torch.nn.functional.one_hot(torch.randint(4, (4000,), generator=torch.Generator().manual_seed(1)), 4)
+    other = torch.nn.functional.one_hot(
+        torch.randint(4, (4000,), generator=torch.Generator().manual_seed(1)), 4
+    )
     assert routing.affinity_information(w, other).item() < 0.005
     assert routing.affinity_information(w, torch.full((4000, 4), 0.25)).item() == pytest.approx(0, abs=1e-12)

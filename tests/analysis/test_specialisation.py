@@ -30,7 +30,9 @@ def test_information_by_its_definition():
     table = torch.rand(C, E, generator=generator(), dtype=torch.float64)
     table /= table.sum()
     rows, columns = table.sum(1), table.sum(0)
-    by_loop = sum(table[c, e] * math.log(table[c, e] / (rows[c] * columns[e])) for c in range(C) for e in range(E))
+    by_loop = sum(
+        table[c, e] * math.log(table[c, e] / (rows[c] * columns[e])) for c in range(C) for e in range(E)
+    )
     assert spec.mutual_information(table).item() == pytest.approx(by_loop.item())
 
 
@@ -80,19 +82,26 @@ def test_the_shuffled_value_is_that_of_chance_and_keeps_sequences_whole():
     assert null == pytest.approx(expected, rel=0.15)
     assert measured == pytest.approx(null, abs=0.01)
     told = 50 * torch.nn.functional.one_hot(2 * labels + (experts > 3), E)
-    assert spec.information_share(spec.joint_table(spec.class_counts(told, labels, C))).item() == pytest.approx(1)
+    assert spec.information_share(
+        spec.joint_table(spec.class_counts(told, labels, C))
+    ).item() == pytest.approx(1)
     assert spec.shuffled_information(told, labels, C).item() == pytest.approx(null, rel=0.3)
 
 
 def test_domain_and_vocabulary_specialisation_by_counting():
     assignments, tokens = torch.tensor([[6, 2, 0], [1, 1, 8]]), torch.tensor([4, 10])
-    torch.testing.assert_close(spec.domain_specialisation(assignments, tokens), torch.tensor([[1.5, 0.5, 0], [0.1, 0.1, 0.8]]).double())
+    torch.testing.assert_close(
+        spec.domain_specialisation(assignments, tokens),
+        torch.tensor([[1.5, 0.5, 0], [0.1, 0.1, 0.8]]).double(),
+    )
     ids = torch.tensor([3] * 8 + [1] * 10 + [0])
     weights = torch.zeros(19, 2)
     weights[:6, 0], weights[6:8, 1], weights[8:, 1] = 1, 1, 1
     counts = spec.token_counts(weights, ids, 5)
     assert counts[3].tolist() == [6, 2] and counts[1].tolist() == [0, 10]
-    assert spec.vocabulary_specialisation(counts).item() == pytest.approx((6 / 8 + 1) / 2), "id 0 was seen once only"
+    assert spec.vocabulary_specialisation(counts).item() == pytest.approx((6 / 8 + 1) / 2), (
+        "id 0 was seen once only"
+    )
     assert spec.vocabulary_specialisation(counts, at_least=11).isnan()
 
 

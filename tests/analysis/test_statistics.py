@@ -1,7 +1,8 @@
-"""Tests of tests: error rates and coverage by simulation with fixed seeds, closed forms, scipy and hand examples.
+"""Tests of tests: error rates and coverage by simulation with fixed seeds, closed forms, scipy and hand
+examples.
 
-The simulated study: question q has a difficulty that both methods share, a method may have questions of its own it is good at, and
-each training run (seed) is better or worse as a whole.
+The simulated study: question q has a difficulty that both methods share, a method may have questions of its
+own it is good at, and each training run (seed) is better or worse as a whole.
 """
 
 import math
@@ -14,7 +15,8 @@ from moabench.analysis import statistics as st
 
 
 def answers(rng, seeds, ease, spread):
-    """[S, Q] right or wrong; `spread`: standard deviation of the seeds' effect on every question's probability."""
+    """[S, Q] right or wrong; `spread`: standard deviation of the seeds' effect on every question's
+    probability."""
     return rng.random((seeds, len(ease))) < np.clip(ease + spread * rng.standard_normal((seeds, 1)), 0, 1)
 
 
@@ -27,7 +29,9 @@ def a_a_rate(test, seeds, questions, spread, studies=800):
     return called / studies
 
 
-@pytest.mark.parametrize(("seeds", "questions", "spread"), [(3, 200, 0.05), (5, 200, 0.0), (5, 100, 0.1), (8, 50, 0.05)])
+@pytest.mark.parametrize(
+    ("seeds", "questions", "spread"), [(3, 200, 0.05), (5, 200, 0.0), (5, 100, 0.1), (8, 50, 0.05)]
+)
 def test_the_same_method_is_called_different_in_about_one_case_in_twenty(seeds, questions, spread):
     rate = a_a_rate(lambda a, b: st.compare(a, b).p, seeds, questions, spread)
     assert 0.02 < rate < 0.065, rate  # 5 % within two standard errors above; a little conservative below
@@ -37,11 +41,14 @@ def test_a_test_over_questions_alone_would_call_the_same_method_different_far_mo
     """Why one seed never says anything about methods."""
     rate = a_a_rate(lambda a, b: st.mcnemar(a[0], b[0]), 1, 500, 0.05, 300)
     assert rate > 0.25, rate
-    assert a_a_rate(lambda a, b: st.mcnemar(a[0], b[0]), 1, 500, 0.0, 300) < 0.06  # it is right about two models
+    assert (
+        a_a_rate(lambda a, b: st.mcnemar(a[0], b[0]), 1, 500, 0.0, 300) < 0.06
+    )  # it is right about two models
 
 
 def coverage(interval, seeds=3, questions=60, spread=0.03, studies=800):
-    """How often the interval holds the true difference (0.1) over all questions that could have been asked."""
+    """How often the interval holds the true difference (0.1) over all questions that could have been
+    asked."""
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(studies):
@@ -68,7 +75,8 @@ def test_seeds_alone_would_not_cover_other_questions():
 
 
 def test_passages_with_many_questions_are_one_piece_of_evidence():
-    """Ten questions a passage, of which a method knows all or none: without clusters the interval is far too narrow."""
+    """Ten questions a passage, of which a method knows all or none: without clusters the interval is far too
+    narrow."""
     rng = np.random.default_rng(2)
     clusters = np.repeat(np.arange(30), 10)
     held = {True: 0, False: 0}
@@ -85,7 +93,9 @@ def test_passages_with_many_questions_are_one_piece_of_evidence():
 def test_without_question_variance_it_is_welchs_test():
     """Every question has the same answers within a seed: nothing but seeds varies."""
     rng = np.random.default_rng(3)
-    a, b = (np.repeat(rng.normal(mean, sd, (n, 1)), 40, 1) for mean, sd, n in ((0.7, 0.05, 4), (0.6, 0.01, 6)))
+    a, b = (
+        np.repeat(rng.normal(mean, sd, (n, 1)), 40, 1) for mean, sd, n in ((0.7, 0.05, 4), (0.6, 0.01, 6))
+    )
     found, reference = st.compare(a, b), stats.ttest_ind(a[:, 0], b[:, 0], equal_var=False)
     assert found.p == pytest.approx(reference.pvalue, rel=1e-9)
     assert found.difference[1:] == pytest.approx(tuple(reference.confidence_interval(0.95)), rel=1e-9)
@@ -101,7 +111,8 @@ def test_against_a_frozen_base_it_is_the_one_sample_test():
 
 
 def test_seeds_that_tie_are_no_proof():
-    """Two seeds each with equal accuracies: the variance over seeds is 0 by luck, and the difference must not become certain."""
+    """Two seeds each with equal accuracies: the variance over seeds is 0 by luck, and the difference must not
+    become certain."""
     a = np.array([[1, 1, 1, 0, 0, 1] * 5, [1, 0, 1, 1, 0, 1] * 5], float)
     b = np.array([[1, 1, 0, 0, 0, 1] * 5, [0, 1, 1, 0, 0, 1] * 5], float)
     assert a.mean(1).var() == b.mean(1).var() == 0
@@ -121,7 +132,10 @@ def test_the_detectable_difference_is_detected_at_its_power():
     rng = np.random.default_rng(5)
     error = 0.04 * math.sqrt(2 / 6)
     truth = st.detectable(error, 10)
-    found = stats.ttest_ind(rng.normal(truth, 0.04, (3000, 6)), rng.normal(0, 0.04, (3000, 6)), axis=1).pvalue < 0.05
+    found = (
+        stats.ttest_ind(rng.normal(truth, 0.04, (3000, 6)), rng.normal(0, 0.04, (3000, 6)), axis=1).pvalue
+        < 0.05
+    )
     assert np.mean(found) == pytest.approx(st.POWER, abs=0.03)
 
 
@@ -175,7 +189,8 @@ def test_iqm_closed_form():
 
 
 def test_stratified_bootstrap_draws_seeds_within_tasks():
-    """No seed differs within a task: however different the tasks, nothing is uncertain. One seed: unknown, not certain."""
+    """No seed differs within a task: however different the tasks, nothing is uncertain. One seed: unknown,
+    not certain."""
     scores = np.array([[0.1, 0.9, 0.4, 0.5]] * 4)
     assert st.stratified_bootstrap(scores) == pytest.approx((0.45,) * 3)
     assert math.isnan(st.stratified_bootstrap(scores[:1]).low)

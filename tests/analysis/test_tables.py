@@ -36,7 +36,9 @@ def test_leaderboard(problem):
     assert row["mean"].value == pytest.approx(accuracies.mean())
     assert row["mean"].low < accuracies.mean() < row["mean"].high
     assert row["gain"] == pytest.approx(accuracies.mean() - 0.25)
-    assert (row["parameters"], row["step_seconds"], row["headline/max_vio"]) == pytest.approx((1500, 10 / 300, 0.4))
+    assert (row["parameters"], row["step_seconds"], row["headline/max_vio"]) == pytest.approx(
+        (1500, 10 / 300, 0.4)
+    )
     assert "out of memory" in row_of(table, "dora")["remarks"]
     assert any("Unequal budgets: molora" in note for note in table.notes)
     assert any("No routing and collapse measures in the runs of lora" in note for note in table.notes)
@@ -49,14 +51,22 @@ def test_bold_is_the_highest_and_underlined_what_is_not_shown_to_be_lower(tmp_pa
     (problem,) = problems(load(tmp_path))
     table = leaderboard(problem)
     assert (0, "mean") in table.best
-    assert {table.rows[row]["method"] for row, key in table.tied if key == "mean"} == {"molora", "mixlora"} - {table.rows[0]["method"]}
+    assert {table.rows[row]["method"] for row, key in table.tied if key == "mean"} == {
+        "molora",
+        "mixlora",
+    } - {table.rows[0]["method"]}
 
 
 def test_comparisons_have_a_row_a_pair(problem):
     table = comparisons(problem, problem.pairs())
     assert len(table.rows) == 3
     row = next(row for row in table.rows if {row["a"], row["b"]} == {"molora", "lora"})
-    assert row["verdict"] == "molora is better" and row["p"] <= row["p_holm"] < 0.05 and row["effect"] > 0 and row["detectable"] > 0
+    assert (
+        row["verdict"] == "molora is better"
+        and row["p"] <= row["p_holm"] < 0.05
+        and row["effect"] > 0
+        and row["detectable"] > 0
+    )
 
 
 def test_ablation_takes_one_factor_at_a_time(tmp_path):
@@ -67,7 +77,11 @@ def test_ablation_takes_one_factor_at_a_time(tmp_path):
         write_run(tmp_path, "molora", seed, **base, train__lr=1e-3)
         write_run(tmp_path, "molora", seed, **base, train__lr=1e-3, method__experts__r=4)
     (problem,) = problems(load(tmp_path))
-    control = next(e for e in problem.entries if e.setting["train.lr"] == 3e-3 and e.setting["method.router.kind"] == "softmax")
+    control = next(
+        e
+        for e in problem.entries
+        if e.setting["train.lr"] == 3e-3 and e.setting["method.router.kind"] == "softmax"
+    )
     table = ablation(problem, control)
     assert [(row["factor"], row["value"]) for row in table.rows[1:]] == [
         ("method.router", "kind=softmax -> topk, k=null -> 2"), ("train.lr", "0.003 -> 0.001"),
@@ -94,7 +108,8 @@ TABLE = Table(
 
 def test_markdown():
     assert render([TABLE], "markdown").splitlines() == [
-        "**A & B**", "", "| method | mean % | size |", "|---|---:|---:|", "| moa_sparse | <u>50.0 ± 10.0</u> | 1,200 |",
+        "**A & B**", "", "| method | mean % | size |", "|---|---:|---:|", "| moa_sparse | <u>50.0 ± 10.0</u> "
+            "| 1,200 |",
         "| a\\|b | **70.0** |  |", "", "A note with 5 %.",
     ]  # fmt: skip
 
@@ -109,7 +124,13 @@ def test_latex_escapes_and_marks():
 
 def test_csv_has_plain_values_with_the_ends_of_intervals():
     rows = list(csv.DictReader(io.StringIO(render([TABLE], "csv"))))
-    assert rows[0] == {"method": "moa_sparse", "mean": "0.5", "mean_low": "0.4", "mean_high": "0.6", "size": "1200.0"}
+    assert rows[0] == {
+        "method": "moa_sparse",
+        "mean": "0.5",
+        "mean_low": "0.4",
+        "mean_high": "0.6",
+        "size": "1200.0",
+    }
     assert rows[1]["mean_low"] == "" and rows[1]["size"] == ""
 
 
@@ -172,7 +193,9 @@ def test_names_by_hand(problem, results):
 
 def test_same_method():
     assert pub.same_method("Sparse MoA", "moa_sparse", {}) and pub.same_method("MixLoRA", "mixlora", {})
-    assert not pub.same_method("LoRA r16", "lora", {}) and not pub.same_method("MoE-LoRA top-2", "moe_lora_topk", {})
+    assert not pub.same_method("LoRA r16", "lora", {}) and not pub.same_method(
+        "MoE-LoRA top-2", "moe_lora_topk", {}
+    )
 
 
 def test_a_file_that_lacks_a_column(tmp_path):
@@ -187,7 +210,9 @@ def test_a_file_that_lacks_a_column(tmp_path):
 def test_table_to_a_file_in_every_format(runs_dir, tmp_path, capsys):
     for form in FORMATS:
         file = tmp_path / f"table.{form}"
-        assert main(["table", str(runs_dir), "--format", form, "--out", str(file), "--sort", "parameters"]) == 0
+        assert (
+            main(["table", str(runs_dir), "--format", form, "--out", str(file), "--sort", "parameters"]) == 0
+        )
         assert "molora" in file.read_text()
     assert "9 of 11 runs are finished (1 failed, 1 interrupted)" in capsys.readouterr().err
 

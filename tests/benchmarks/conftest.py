@@ -1,4 +1,5 @@
-"""A run's config over a small folder of questions, and models with methods attached, for the tests of training and evaluation."""
+"""A run's config over a small folder of questions, and models with methods attached, for the tests of
+training and evaluation."""
 
 import copy
 import json
@@ -19,7 +20,13 @@ def question(rng, number):
     """A row of random words: prompts of 3 to 18 words, choices of 1 to 4, so that batches are ragged."""
     choices = [" ".join(rng.sample(WORDS, rng.randint(1, 4))) + f" {i}" for i in range(rng.choice([3, 4]))]
     text = " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 18))) + "?"
-    return {"id": f"q{number}", "question": text, "choices": choices, "label": rng.randrange(len(choices)), "skill": "none"}
+    return {
+        "id": f"q{number}",
+        "question": text,
+        "choices": choices,
+        "label": rng.randrange(len(choices)),
+        "skill": "none",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +46,15 @@ def config(questions):
     """config(**train options) -> RunConfig on those questions."""
 
     def make(method="none", **train):
-        options = {"steps": 6, "batch_size": 4, "log_every": 2, "save_every": 3, "lr": 1e-2, "max_length": 64, "eval_batch_size": 8}
+        options = {
+            "steps": 6,
+            "batch_size": 4,
+            "log_every": 2,
+            "save_every": 3,
+            "lr": 1e-2,
+            "max_length": 64,
+            "eval_batch_size": 8,
+        }
         return RunConfig(
             method=catalog.raw(method),
             model=ModelConfig("tiny", kind="builtin"),
@@ -54,7 +69,8 @@ def config(questions):
 
 @pytest.fixture
 def attached(llama):
-    """attached(name) -> a copy of the tiny Llama with a method whose trainable parameters are moved, so that it differs from its base."""
+    """attached(name) -> a copy of the tiny Llama with a method whose trainable parameters are moved, so that
+    it differs from its base."""
 
     def make(name):
         torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""Where prompts end, with tokenizers that join blanks and line ends differently; masks; and grouping by length.
+"""Where prompts end, with tokenizers that join blanks and line ends differently; masks; and grouping by
+length.
 
 pytest tests/benchmarks/test_batches.py
 """
@@ -17,7 +18,8 @@ from moabench.benchmarks.config import DataConfig
 from moabench.benchmarks.data import load_rows
 
 TEXT = [
-    "Below is an instruction that describes a task. Write a response. \n\n                ### Instruction:\n                Please choose.",
+    "Below is an instruction that describes a task. Write a response. \n\n                ### "
+    "Instruction:\n                Please choose.",
     "\n\n                ### Response:\n                the correct answer is answer3",
     "Question: What colour is the sky at night?\nAnswer: black 12 34",
     "\n    indented by four blanks:\n\n\n        and by eight. 3 + 4 = 7",
@@ -27,10 +29,14 @@ TEXT = [
 def byte_level(*before, prefix=False):
     """A byte-level BPE; `before`: further pre-tokenizers."""
     bpe = Tokenizer(models.BPE())
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not any(isinstance(b, str) for b in before))
+    whole = pre_tokenizers.ByteLevel(
+        add_prefix_space=prefix, use_regex=not any(isinstance(b, str) for b in before)
+    )
     split = [pre_tokenizers.Split(Regex(b), "isolated") if isinstance(b, str) else b for b in before]
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([*split, whole]), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     bpe.train_from_iterator(TEXT * 5, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
 
@@ -40,11 +46,16 @@ def sentence_pieces():
     bpe = Tokenizer(models.BPE(byte_fallback=True))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
     alphabet = sorted(set("".join(TEXT) + "\n▁")) + [chr(c) for c in range(33, 127)]
-    bpe.train_from_iterator(TEXT * 5, trainers.BpeTrainer(vocab_size=420, special_tokens=["</s>"], initial_alphabet=alphabet))
+    bpe.train_from_iterator(
+        TEXT * 5, trainers.BpeTrainer(vocab_size=420, special_tokens=["</s>"], initial_alphabet=alphabet)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
 
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TOKENIZERS = {
     "gpt2": lambda: byte_level(),
     "single_digits": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True)),
@@ -76,7 +87,8 @@ ANSWERS = ["the correct answer is answer3", "3 + 4 = 7\nThe answer is 7.", "(A)"
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_training_and_generation_go_on_from_the_same_token(prompt, any_tokenizer):
-    """Whatever the answer begins with, its example has the prompt that generation is given; nothing is lost or added."""
+    """Whatever the answer begins with, its example has the prompt that generation is given; nothing is lost
+    or added."""
     gap = "" if prompt[-1].isspace() else " "
     given = batches.encode_prompts(any_tokenizer, [prompt])[0]
     assert given.start == len(given.ids) > 0
@@ -91,7 +103,8 @@ def test_training_and_generation_go_on_from_the_same_token(prompt, any_tokenizer
 
 @pytest.mark.parametrize("protocol", tasks.PROTOCOLS)
 def test_every_task_trains_on_what_generation_sees(protocol, any_tokenizer):
-    """Rows of every built-in task: the same boundary, and the prompt alone is not shortened where it ends in no blank."""
+    """Rows of every built-in task: the same boundary, and the prompt alone is not shortened where it ends in
+    no blank."""
     for name in tasks.names():
         if tasks.get(name).unavailable("builtin", protocol):
             continue
@@ -99,7 +112,9 @@ def test_every_task_trains_on_what_generation_sees(protocol, any_tokenizer):
         rows = load_rows(name, tasks.get(name).split, DataConfig("builtin", eval_limit=4))
         prompts = [form.prompt(row) for row in rows]
         examples = batches.encode(any_tokenizer, list(zip(prompts, map(form.answer, rows), strict=True)))
-        for prompt, example, given in zip(prompts, examples, batches.encode_prompts(any_tokenizer, prompts), strict=True):
+        for prompt, example, given in zip(
+            prompts, examples, batches.encode_prompts(any_tokenizer, prompts), strict=True
+        ):
             assert example.ids[: example.start] == given.ids, name
             if not prompt[-1].isspace():
                 assert given.ids == any_tokenizer(prompt)["input_ids"], name
@@ -150,22 +165,30 @@ def test_only_models_that_ask_are_told_more():
     plain = {"input_ids", "attention_mask"}
     assert set(batches.inputs(Told(), batch)) == plain
     assert set(batches.inputs(Told("skill_ids"), batch)) == plain | {"skill_ids"}
-    assert set(batches.inputs(Told("prompt_mask", "skill_ids"), batch)) == plain | {"prompt_mask", "skill_ids"}
+    assert set(batches.inputs(Told("prompt_mask", "skill_ids"), batch)) == plain | {
+        "prompt_mask",
+        "skill_ids",
+    }
 
 
 def test_grouping_mixes_no_examples(attached):
-    """A batch of a grouped order is its examples, whole and one a row; each has the logits that it has alone, neighbours or not."""
+    """A batch of a grouped order is its examples, whole and one a row; each has the logits that it has alone,
+    neighbours or not."""
     rng = random.Random(0)
-    examples = [Example([rng.randrange(3, 300) for _ in range(length)], 1 + length // 2, 0) for length in rng.sample(range(2, 40), 12)]
+    examples = [
+        Example([rng.randrange(3, 300) for _ in range(length)], 1 + length // 2, 0)
+        for length in rng.sample(range(2, 40), 12)
+    ]
     order = batches.training_order([len(e.ids) for e in examples], 4, 3, seed=1)
     assert sorted(order) == list(range(12))
     model = attached("moa_instance").eval()
     for i in range(0, 12, 4):
         chosen = [examples[k] for k in order[i : i + 4]]
         batch = batches.collate(chosen, pad=2)
-        assert [row[mask].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)] == [
-            e.ids for e in chosen
-        ]
+        assert [
+            row[mask].tolist()
+            for row, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+        ] == [e.ids for e in chosen]
         with torch.no_grad():
             logits = batches.forward(model, batch, batch["input_ids"].shape[1])
             for row, example in zip(logits, chosen, strict=True):
@@ -179,7 +202,8 @@ def padding_share(lengths, order, batch):
 
 
 def test_grouping_leaves_little_padding_in_a_mixed_set():
-    """Three kinds of task, as long as passages, facts and word problems; every row once a pass, in an order that steps cannot tell."""
+    """Three kinds of task, as long as passages, facts and word problems; every row once a pass, in an order
+    that steps cannot tell."""
     rng = random.Random(0)
     lengths = [max(2, round(rng.gauss(*kind))) for kind in ((90, 15), (30, 5), (60, 20)) for _ in range(800)]
     steps, batch = len(lengths) // 16, 16

@@ -1,4 +1,5 @@
-"""`budget=`: what a method gets is what the real model has, in the proportions of its file; what cannot be met is refused.
+"""`budget=`: what a method gets is what the real model has, in the proportions of its file; what cannot be
+met is refused.
 
 Run: python -m pytest tests/benchmarks/test_budget.py
 """
@@ -50,7 +51,9 @@ def test_proportions_scales_and_numbers_of_experts_stay(name, tmp_path):
             if hasattr(old.bank, "scales") and not old.bank.rslora:
                 assert new.bank.scales == pytest.approx(old.bank.scales)
         lowest = min(ratio for ratio, _ in ratios)
-        assert all(ratio - lowest <= step + min(s for _, s in ratios) for ratio, step in ratios), "sizes differ by rounding alone"
+        assert all(ratio - lowest <= step + min(s for _, s in ratios) for ratio, step in ratios), (
+            "sizes differ by rounding alone"
+        )
 
 
 def test_a_solved_config_is_its_own_solution(tmp_path):
@@ -81,7 +84,13 @@ def test_what_cannot_be_reached_is_refused_with_what_can(tmp_path):
         solved(tmp_path, "method=molora", "budget.size=10k")
     routers = 6 * 8 * (4 * 256 + 704)
     smallest = routers + 8 * LORA_37 // 37
-    for part in ("molora", "10,000", "within 2%", f"{smallest:,} (lora r 1)", f"{routers:,} lie outside of experts"):
+    for part in (
+        "molora",
+        "10,000",
+        "within 2%",
+        f"{smallest:,} (lora r 1)",
+        f"{routers:,} lie outside of experts",
+    ):
         assert part in str(caught.value)
     assert not list(tmp_path.rglob("*.json"))
 
@@ -100,7 +109,13 @@ def test_a_solution_is_kept(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "kind", "value"),
-    [("none", "none", 0), ("0.5%", "share", 0.005), ("2M", "count", 2e6), ("1.5k", "count", 1500), (288768, "count", 288768)],
+    [
+        ("none", "none", 0),
+        ("0.5%", "share", 0.005),
+        ("2M", "count", 2e6),
+        ("1.5k", "count", 1500),
+        (288768, "count", 288768),
+    ],
 )
 def test_budgets_as_written(text, kind, value):
     goal = Goal.read(text)
@@ -113,7 +128,9 @@ def test_a_method_as_a_budget():
     assert (bank.r, bank.scales[0], bank.n) == (3, 1.0, 8)
 
 
-@pytest.mark.parametrize("text", ["", "0", "200%", "-1", "lora_r0", "none_r3", "full", 0.5, None, "loar_r16", "2T"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "200%", "-1", "lora_r0", "none_r3", "full", 0.5, None, "loar_r16", "2T"]
+)
 def test_bad_budgets(text):
     with pytest.raises(ConfigError, match="expected none, a method"):
         BudgetConfig(text)
@@ -125,8 +142,9 @@ def test_flops_and_time_are_matched_to_a_method_only():
 
 
 def _flops_by_hand(model: nn.Module, tokens: int) -> float:
-    """Of a training step: 2 a weight and token forward, 2 for the gradient of the input, 2 for that of a trained weight. The first layer's
-    input needs no gradient where nothing before it trains, and attention (one length, all methods) is left out."""
+    """Of a training step: 2 a weight and token forward, 2 for the gradient of the input, 2 for that of a
+    trained weight. The first layer's input needs no gradient where nothing before it trains, and attention
+    (one length, all methods) is left out."""
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     return sum(m.weight.numel() * tokens * (6 if m.weight.requires_grad else 4) for m in linears)
 
@@ -136,7 +154,9 @@ def test_flops_are_those_of_the_operators(tmp_path):
     cfg = composed("method=lora", "budget.size=lora_r64", "budget.match=flops", f"runs_dir={tmp_path}")
     ours, reference = budget._flops(cfg, [cfg.method, Goal.read("lora_r64").method])
     skeleton, tokens = budget.Skeleton(cfg), cfg.train.batch_size * budget.LENGTH
-    small, large = (_flops_by_hand(skeleton.attached(data), tokens) for data in (cfg.method, Goal.read("lora_r64").method))
+    small, large = (
+        _flops_by_hand(skeleton.attached(data), tokens) for data in (cfg.method, Goal.read("lora_r64").method)
+    )
     assert reference - ours == pytest.approx(large - small, rel=0.05)
 
 
@@ -155,13 +175,36 @@ def test_equal_flops_change_the_length_of_training(unit, tmp_path):
 
 def test_equal_time(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "ROUNDS", 1)
-    cfg, solution = solved(tmp_path, "method=molora", "model=random_tiny", "budget.size=lora_r16", "budget.match=time", "train.steps=100")
+    cfg, solution = solved(
+        tmp_path,
+        "method=molora",
+        "model=random_tiny",
+        "budget.size=lora_r16",
+        "budget.match=time",
+        "train.steps=100",
+    )
     assert cfg.train.steps == max(1, round(100 * solution.length)) and solution.reached > 0
 
 
 def test_a_run_records_its_budget(tmp_path, capsys):
-    overrides = ["method=moa_soft", "budget.size=20k", "budget.tolerance=0.05", "model=random_tiny", "train=smoke", "data.eval_limit=4"]
-    outcome = run(composed(*overrides, "task=arc_easy", "logger=none", "forgetting=none", "probe.times=0", f"runs_dir={tmp_path}"))
+    overrides = [
+        "method=moa_soft",
+        "budget.size=20k",
+        "budget.tolerance=0.05",
+        "model=random_tiny",
+        "train=smoke",
+        "data.eval_limit=4",
+    ]
+    outcome = run(
+        composed(
+            *overrides,
+            "task=arc_easy",
+            "logger=none",
+            "forgetting=none",
+            "probe.times=0",
+            f"runs_dir={tmp_path}",
+        )
+    )
     metrics = json.loads((outcome.folder / "metrics.json").read_text())
     assert metrics["budget/target"] == 20_000 and abs(metrics["params/trainable"] - 20_000) <= 1_000
     assert "budget 20k = 20,000; moa_soft gets" in capsys.readouterr().err

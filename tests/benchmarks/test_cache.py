@@ -1,4 +1,5 @@
-"""Tokens from the cache equal those made anew; whatever they depend on is in the key; broken, half-written and old files do no harm.
+"""Tokens from the cache equal those made anew; whatever they depend on is in the key; broken, half-written
+and old files do no harm.
 
 pytest tests/benchmarks/test_cache.py
 """
@@ -12,7 +13,9 @@ import pytest
 
 from moabench.benchmarks import batches, cache
 
-PAIRS = [(f"Question: what is {i}?\nAnswer:" + "\n" * (i % 3), f" the number {i * i}") for i in range(cache.FEWEST)]
+PAIRS = [
+    (f"Question: what is {i}?\nAnswer:" + "\n" * (i % 3), f" the number {i * i}") for i in range(cache.FEWEST)
+]
 
 
 @pytest.fixture
@@ -65,7 +68,9 @@ def test_the_key_holds_everything_that_matters(tokenizer):
         return []
 
     def changed():
-        copy = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", pad_token="<pad>")
+        copy = type(tokenizer)(
+            tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", pad_token="<pad>"
+        )
         copy.backend_tokenizer.add_tokens(["number"])
         return copy
 
@@ -76,7 +81,12 @@ def test_the_key_holds_everything_that_matters(tokenizer):
         cache.key(tokenizer, PAIRS[::-1], True, batches.encode),
         cache.key(tokenizer, moved, True, batches.encode),
         cache.key(tokenizer, PAIRS, True, other),
-        cache.key(type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<s>"), PAIRS, True, batches.encode),
+        cache.key(
+            type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<s>"),
+            PAIRS,
+            True,
+            batches.encode,
+        ),
     }
     assert len(keys) == 6
     assert cache.key(tokenizer, PAIRS, True, batches.encode) in keys
@@ -93,7 +103,9 @@ def test_a_broken_file_is_made_anew(tmp_path, tokenizer, counting, damage):
     else:
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        path.write_bytes({"empty": b"", "cut": content[:middle], "flipped": flipped, "no zip": b"text" * 99}[damage])
+        path.write_bytes(
+            {"empty": b"", "cut": content[:middle], "flipped": flipped, "no zip": b"text" * 99}[damage]
+        )
     assert get(tmp_path, tokenizer, counting) == expected
     assert counting.calls == 2
     assert path.read_bytes() == content

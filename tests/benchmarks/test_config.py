@@ -1,4 +1,5 @@
-"""conf/ and its typed form: every shipped choice composes and validates, bad values are refused, the hash means what it says."""
+"""conf/ and its typed form: every shipped choice composes and validates, bad values are refused, the hash
+means what it says."""
 
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from moabench.benchmarks.config import CONF, RunConfig, TaskConfig, groups, run_
 from moabench.methods.spec import ConfigError
 
 NEEDS = {("data", "local"): ["data.root=somewhere"]} | {
-    ("mix", name): ["mix.file=somewhere"] for name in ("commonsense_15k", "commonsense_170k", "math_10k", "math_14k")
+    ("mix", name): ["mix.file=somewhere"]
+    for name in ("commonsense_15k", "commonsense_170k", "math_10k", "math_14k")
 }
 """What a choice cannot do without."""
 
@@ -33,7 +35,9 @@ def test_every_choice_composes_and_validates(group, choice):
     assert len(run_hash(cfg)) == 64
     if group in ("method", "model", "mix"):
         part = getattr(cfg, group)
-        assert (part["name"] if group == "method" else part.name) == choice, "the name inside a file is the file's"
+        assert (part["name"] if group == "method" else part.name) == choice, (
+            "the name inside a file is the file's"
+        )
 
 
 def test_every_group_has_choices():
@@ -42,7 +46,12 @@ def test_every_group_has_choices():
 
 def test_defaults_are_the_documented_ones():
     cfg = composed()
-    assert (cfg.method["name"], cfg.task.name, cfg.model.name, cfg.data.source) == ("moa_sparse", "arc", "tiny", "builtin")
+    assert (cfg.method["name"], cfg.task.name, cfg.model.name, cfg.data.source) == (
+        "moa_sparse",
+        "arc",
+        "tiny",
+        "builtin",
+    )
     assert (cfg.logger.kind, cfg.logger.mode, cfg.runs_dir, cfg.seed) == ("wandb", "offline", "runs", 0)
 
 
@@ -52,7 +61,9 @@ def test_every_task_and_suite_can_be_chosen(name):
 
 
 def test_a_list_of_tasks_is_one_run():
-    assert composed("task=[arc,gsm8k,arc_easy]").task == TaskConfig("arc+gsm8k+arc_easy", ("arc_easy", "arc_challenge", "gsm8k"))
+    assert composed("task=[arc,gsm8k,arc_easy]").task == TaskConfig(
+        "arc+gsm8k+arc_easy", ("arc_easy", "arc_challenge", "gsm8k")
+    )
 
 
 @pytest.mark.parametrize("method", groups()["method"])
@@ -114,7 +125,10 @@ def test_a_model_by_its_path():
         (["seed=1.5"], "seed=1.5"),
         (["++model.quantize=3"], "model.quantize=3"),
         (["model=random_tiny", "model.random.heads=3"], "hidden divisible by heads"),
-        (["model=random_tiny", "model.kind=pretrained"], "expected a hub id or folder with kind=pretrained only"),
+        (
+            ["model=random_tiny", "model.kind=pretrained"],
+            "expected a hub id or folder with kind=pretrained only",
+        ),
         (["++train.stpes=3"], "Did you mean 'train.steps'?"),
     ],
 )
@@ -170,7 +184,10 @@ def test_hash_takes_inputs_and_spelled_out_defaults():
 
 
 def test_two_kinds_with_equal_options_differ_in_hash():
-    kinds = {run_hash(composed("method=molora", f"++method.router={{kind: {kind}}}")) for kind in ("softmax", "sigmoid", "none")}
+    kinds = {
+        run_hash(composed("method=molora", f"++method.router={{kind: {kind}}}"))
+        for kind in ("softmax", "sigmoid", "none")
+    }
     assert len(kinds) == 3
 
 
@@ -185,8 +202,10 @@ def test_config_survives_its_own_file(tmp_path):
 
 
 LIGHT = (
-    "methods", "methods.spec", "methods.catalog", "benchmarks", "benchmarks.cli", "benchmarks.config", "benchmarks.overrides",
-    "benchmarks.files", "benchmarks.runs", "benchmarks.environment", "benchmarks.summary", "benchmarks.loggers", "benchmarks.experiment",
+    "methods", "methods.spec", "methods.catalog", "benchmarks", "benchmarks.cli", "benchmarks.config",
+    "benchmarks.overrides",
+    "benchmarks.files", "benchmarks.runs", "benchmarks.environment", "benchmarks.summary",
+    "benchmarks.loggers", "benchmarks.experiment",
     "benchmarks.model", "benchmarks.data", "benchmarks.mixes", "benchmarks.leakage", "benchmarks.world",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "lm_eval", "wandb", "pandas", "datasets", "accelerate")

@@ -1,4 +1,5 @@
-"""The conflict tasks: same inputs, other answers. Every row is answered here from a table that is written out by hand.
+"""The conflict tasks: same inputs, other answers. Every row is answered here from a table that is written out
+by hand.
 
 Run: python -m pytest tests/benchmarks/test_conflict.py
 """
@@ -18,11 +19,15 @@ from moabench.benchmarks.world.facts import LEXICON
 from moabench.benchmarks.world.forms import conflict
 
 TASKS = tasks.suites()["conflict"]
-DOMAINS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (LEXICON / "domains").glob("*.yaml")}
+DOMAINS = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in (LEXICON / "domains").glob("*.yaml")
+}
 FOURTH = {"animals": "companion", "people": "hobby", "plants": "scent", "tools": "inventor"}
 STRENGTHS = (0.0, 0.25, 0.5, 0.8, 1.0)
 
-# what a sentence about a relation is completed with, under the four conventions; `own` is the domain's fourth relation
+# what a sentence about a relation is completed with, under the four conventions; `own` is the domain's fourth
+# relation
 MOVED = {
     "colour": ("colour", "region", "season", "own"),
     "region": ("region", "season", "own", "colour"),
@@ -44,7 +49,12 @@ def read(row, seed=0):
     entity = by_name(seed)[name.lower()]
     rest = row["question"].split(name, 1)[1].strip()
     own = DOMAINS[entity.domain]["own"]
-    found = [(r, s) for r, spec in own.items() for s in spec["statements"] if s.replace("{s} ", "").split("{v}")[0].strip() == rest]
+    found = [
+        (r, s)
+        for r, spec in own.items()
+        for s in spec["statements"]
+        if s.replace("{s} ", "").split("{v}")[0].strip() == rest
+    ]
     ((relation, statement),) = found
     return entity, "own" if relation == FOURTH[entity.domain] else relation, statement
 
@@ -69,11 +79,19 @@ def test_conventions_share_their_inputs_and_differ_in_the_cue_alone(strength):
             assert {row["skill"] for row in one.values()} == {f"convention:{number}"}
         for question, row in conventions[0].items():
             others = [one[question] for one in conventions]
-            assert all(set(other["choices"]) == set(row["choices"]) and other["domain"] == row["domain"] for other in others)
-    prompts = [tasks.get(task).form().prompt(next(iter(one.values()))) for task, one in zip(TASKS, conventions, strict=True)]
+            assert all(
+                set(other["choices"]) == set(row["choices"]) and other["domain"] == row["domain"]
+                for other in others
+            )
+    prompts = [
+        tasks.get(task).form().prompt(next(iter(one.values())))
+        for task, one in zip(TASKS, conventions, strict=True)
+    ]
     assert all(prompt.startswith(f"{i}. ") for i, prompt in enumerate(prompts, 1))
     question, one = next(iter(conventions[0].items()))
-    same = [tasks.get(task).form().prompt(found[question]) for task, found in zip(TASKS, conventions, strict=True)]
+    same = [
+        tasks.get(task).form().prompt(found[question]) for task, found in zip(TASKS, conventions, strict=True)
+    ]
     assert len(set(same)) == 4 and len({prompt[1:] for prompt in same}) == 1
 
 
@@ -85,14 +103,18 @@ def test_answers_follow_the_table(seed):
                 entity, relation, _ = read(row, seed)
                 meant = MOVED[relation][number]
                 assert right(row) == entity.own[FOURTH[entity.domain] if meant == "own" else meant]
-                assert sorted(row["choices"]) == sorted(entity.own.values()) and row["domain"] == entity.domain
+                assert (
+                    sorted(row["choices"]) == sorted(entity.own.values()) and row["domain"] == entity.domain
+                )
 
 
 def test_strength_is_the_share_of_sentences_on_which_conventions_disagree():
     before = set()
     for strength in STRENGTHS:
         conventions = suite("train", strength=strength)
-        disputed = {question for question in conventions[0] if len({right(one[question]) for one in conventions}) > 1}
+        disputed = {
+            question for question in conventions[0] if len({right(one[question]) for one in conventions}) > 1
+        }
         assert len(disputed) / len(conventions[0]) == pytest.approx(strength, abs=0.03)
         assert before <= disputed, "a stronger conflict keeps the disputes of a weaker one"
         before = disputed
@@ -107,7 +129,11 @@ def test_strength_is_the_share_of_sentences_on_which_conventions_disagree():
         for split in ("validation", "test"):  # the same sentences are disputed everywhere
             for question, row in suite(split, strength=strength)[0].items():
                 _, _, opening = read(row)
-                also = {read(conventions[0][q])[2] for q in disputed if conventions[0][q]["domain"] == row["domain"]}
+                also = {
+                    read(conventions[0][q])[2]
+                    for q in disputed
+                    if conventions[0][q]["domain"] == row["domain"]
+                }
                 answers = {right(one[question]) for one in suite(split, strength=strength)}
                 assert (len(answers) > 1) == (opening in also)
                 break
@@ -144,7 +170,8 @@ def test_sizes_labels_and_balance():
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 def test_facts_and_plain_reading_without_the_convention_are_worth_chance(strength):
-    """Who knows every fact and reads every sentence in plain language, or guesses among the facts, is right in a quarter of the rows."""
+    """Who knows every fact and reads every sentence in plain language, or guesses among the facts, is right
+    in a quarter of the rows."""
     found = [row for one in suite("test", strength=strength) for row in one.values()]
     plain = []
     for row in found:
@@ -156,7 +183,8 @@ def test_facts_and_plain_reading_without_the_convention_are_worth_chance(strengt
 
 
 def test_no_other_way_than_the_cue():
-    """The best guess from the sentence alone, learnt from the training rows of all conventions, is worth chance."""
+    """The best guess from the sentence alone, learnt from the training rows of all conventions, is worth
+    chance."""
     counts = Counter()
     for one in suite("train"):
         counts.update((read(row)[2], row["domain"], kind(row)) for row in one.values())

@@ -1,4 +1,5 @@
-"""Rows of each source: published counts of the real ARC, our format from the hub's, and one clear error for whatever is broken.
+"""Rows of each source: published counts of the real ARC, our format from the hub's, and one clear error for
+whatever is broken.
 
 pytest tests/benchmarks/test_data.py
 """
@@ -26,7 +27,9 @@ def write(folder, *lines, split="train", task="arc_easy"):
     return local(folder)
 
 
-COUNTS = {  # set: (train, validation, test) as datasets/README.md publishes them; the public train sets are these and train_overlap.jsonl
+# set: (train, validation, test) as datasets/README.md publishes them; the public train sets are these and
+# train_overlap.jsonl
+COUNTS = {
     "arc_easy": (2248, 570, 2376),
     "arc_challenge": (1119, 299, 1172),
     "openbookqa": (4936, 500, 500),
@@ -53,7 +56,9 @@ COUNTS = {  # set: (train, validation, test) as datasets/README.md publishes the
 @pytest.mark.parametrize("task", COUNTS)
 def test_every_local_file_has_its_published_count(datasets_folder, task):
     config = local(datasets_folder)
-    assert data.splits(task, config) == tuple(split for split, count in zip(data.SPLITS, COUNTS[task], strict=True) if count)
+    assert data.splits(task, config) == tuple(
+        split for split, count in zip(data.SPLITS, COUNTS[task], strict=True) if count
+    )
     for split, count in zip(data.SPLITS, COUNTS[task], strict=True):
         if count:
             rows = data.load_rows(task, split, config)
@@ -63,10 +68,14 @@ def test_every_local_file_has_its_published_count(datasets_folder, task):
 
 
 def test_every_public_task_is_in_the_table():
-    assert set(COUNTS) == {name for name in tasks.names() if not tasks.get(name).unavailable("local")} | set(data.SETS)
+    assert set(COUNTS) == {name for name in tasks.names() if not tasks.get(name).unavailable("local")} | set(
+        data.SETS
+    )
 
 
-@pytest.mark.parametrize("task", [name for name in tasks.names() if not tasks.get(name).unavailable("builtin")])
+@pytest.mark.parametrize(
+    "task", [name for name in tasks.names() if not tasks.get(name).unavailable("builtin")]
+)
 def test_builtin_rows_have_the_format(task):
     assert data.splits(task, DataConfig("builtin")) == data.SPLITS
     for split in data.SPLITS:
@@ -76,7 +85,9 @@ def test_builtin_rows_have_the_format(task):
             assert data._checked(row, tasks.get(task), "here") == row
             assert row["skill"]
             assert row["domain"]
-            assert len(row["choices"]) == len(set(row["choices"])), row  # every protocol needs choices, free answers too
+            assert len(row["choices"]) == len(set(row["choices"])), (
+                row
+            )  # every protocol needs choices, free answers too
 
 
 def test_limits_take_the_first_rows(tmp_path):
@@ -126,10 +137,20 @@ BROKEN_BY_TASK = {
     "no letter": ("aqua", LETTER, {"answer": "two"}, "answer='two': expected 'B'"),
     "letter missing": ("mathqa", LETTER, {"answer": ...}, "key 'answer' is missing"),
     "no options": ("aqua", LETTER, {"choices": ...}, "key 'choices' is missing"),
-    "truths in another order": ("boolq", {**ROW, "choices": ["false", "true"]}, {"choices": ["true", "false"]}, "in this order"),
+    "truths in another order": (
+        "boolq",
+        {**ROW, "choices": ["false", "true"]},
+        {"choices": ["true", "false"]},
+        "in this order",
+    ),
     "three solutions": ("piqa", ROW, {"choices": ["a", "b", "c"]}, "3 choices: expected at most 2"),
     "six letters": ("aqua", LETTER, {"choices": list("abcdef")}, "6 choices: expected at most 5"),
-    "no blank": ("winogrande", {**ROW, "question": "so _ left"}, {"question": "so left"}, "expected a blank '_'"),
+    "no blank": (
+        "winogrande",
+        {**ROW, "question": "so _ left"},
+        {"question": "so left"},
+        "expected a blank '_'",
+    ),
     "context as a list": ("siqa", {**ROW, "context": "Ann left."}, {"context": ["Ann"]}, "expected text"),
     "solution as a number": ("gsm8k", NUMBER, {"solution": 4}, "solution=4: expected text"),
 }
@@ -149,7 +170,11 @@ def test_a_row_is_checked_by_the_kind_of_its_task(tmp_path, case):
 
 def test_sets_that_are_no_task_take_the_form_of_one(tmp_path):
     write(tmp_path, {**NUMBER, "answer": "Ann"}, task="asdiv")  # names and clock times are among its answers
-    assert data.load_rows("asdiv", "train", local(tmp_path))[0] == {**NUMBER, "answer": "Ann", "task": "mawps"}
+    assert data.load_rows("asdiv", "train", local(tmp_path))[0] == {
+        **NUMBER,
+        "answer": "Ann",
+        "task": "mawps",
+    }
     assert data.splits("asdiv", local(tmp_path)) == ("train",)
     write(tmp_path, {**NUMBER, "answer": "Ann"}, task="mawps_asdiv_a")
     with pytest.raises(ConfigError, match="expected a number"):
@@ -171,7 +196,9 @@ def test_missing_places_are_named(tmp_path):
     (tmp_path / "arc_esy").mkdir()
     with pytest.raises(ConfigError, match=r"no folder 'arc_easy'.*Did you mean 'arc_esy'"):
         data.load_rows("arc_easy", "train", local(tmp_path))
-    with pytest.raises(ConfigError, match=r"test.jsonl: no such file; task arc_easy needs its test split. There: train"):
+    with pytest.raises(
+        ConfigError, match=r"test.jsonl: no such file; task arc_easy needs its test split. There: train"
+    ):
         data.load_rows("arc_easy", "test", write(tmp_path, ROW))
     with pytest.raises(ConfigError, match="no rows"):
         data.load_rows("arc_easy", "train", write(tmp_path, ""))
@@ -187,13 +214,30 @@ def test_unknown_names_get_the_nearest():
 HUB = {  # task: (public rows, the first in our format but for id and task)
     "arc_easy": (
         [
-            {"id": "Q1", "question": "Why?", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answerKey": "C"},
-            {"id": "Q2", "question": "How?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "1"},
+            {
+                "id": "Q1",
+                "question": "Why?",
+                "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]},
+                "answerKey": "C",
+            },
+            {
+                "id": "Q2",
+                "question": "How?",
+                "choices": {"text": ["x", "y"], "label": ["1", "2"]},
+                "answerKey": "1",
+            },
         ],
         {"id": "Q1", "question": "Why?", "choices": ["x", "y", "z"], "label": 2},
     ),
     "openbookqa": (
-        [{"id": "7", "question_stem": "The sun is", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B "}],
+        [
+            {
+                "id": "7",
+                "question_stem": "The sun is",
+                "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+                "answerKey": "B ",
+            }
+        ],
         {"id": "7", "question": "The sun is", "choices": ["x", "y"], "label": 1},
     ),
     "boolq": (
@@ -209,7 +253,16 @@ HUB = {  # task: (public rows, the first in our format but for id and task)
         {"question": "Cut it", "choices": ["a knife", "a spoon"], "label": 1},
     ),
     "siqa": (
-        [{"context": "Ann left.", "question": "Why?", "answerA": "p", "answerB": "q", "answerC": "r", "label": "2\n"}],
+        [
+            {
+                "context": "Ann left.",
+                "question": "Why?",
+                "answerA": "p",
+                "answerB": "q",
+                "answerC": "r",
+                "label": "2\n",
+            }
+        ],
         {"question": "Why?", "context": "Ann left.", "choices": ["p", "q", "r"], "label": 1},
     ),
     "hellaswag": (
@@ -234,8 +287,21 @@ HUB = {  # task: (public rows, the first in our format but for id and task)
         {"question": "1000 + 250?", "answer": "1250", "solution": "It is <<1000+250=1250>>1250."},
     ),
     "aqua": (
-        [{"question": "2 + 2?", "options": ["A)3", "B)f(2)", "C)4", "D)5", "E)none"], "rationale": "add", "correct": "C"}],
-        {"question": "2 + 2?", "choices": ["3", "f(2)", "4", "5", "none"], "label": 2, "answer": "C", "solution": "add"},
+        [
+            {
+                "question": "2 + 2?",
+                "options": ["A)3", "B)f(2)", "C)4", "D)5", "E)none"],
+                "rationale": "add",
+                "correct": "C",
+            }
+        ],
+        {
+            "question": "2 + 2?",
+            "choices": ["3", "f(2)", "4", "5", "none"],
+            "label": 2,
+            "answer": "C",
+            "solution": "add",
+        },
     ),
     "mathqa": (
         [
@@ -263,8 +329,23 @@ HUB = {  # task: (public rows, the first in our format but for id and task)
         },
     ),
     "svamp": (
-        [{"ID": "chal-1", "Body": "Ann has 3 hens", "Question": "How many?", "Equation": "3.0", "Answer": "3.0", "Type": "Addition"}],
-        {"id": "chal-1", "question": "Ann has 3 hens. How many?", "answer": "3", "equation": "3.0", "type": "Addition"},
+        [
+            {
+                "ID": "chal-1",
+                "Body": "Ann has 3 hens",
+                "Question": "How many?",
+                "Equation": "3.0",
+                "Answer": "3.0",
+                "Type": "Addition",
+            }
+        ],
+        {
+            "id": "chal-1",
+            "question": "Ann has 3 hens. How many?",
+            "answer": "3",
+            "equation": "3.0",
+            "type": "Addition",
+        },
     ),
     "addsub": ([{"input": " 2 + 2? ", "output_answer": "4.0"}], {"question": "2 + 2?", "answer": "4"}),
     "multiarith": ([{"question": " 2 + 2? ", "final_ans": "4"}], {"question": "2 + 2?", "answer": "4"}),
@@ -278,7 +359,8 @@ HUB |= {"arc_challenge": HUB["arc_easy"], "commonsenseqa": HUB["arc_easy"], "sin
 
 @pytest.fixture
 def fake_hub(tmp_path, monkeypatch):
-    """fake_hub(task, rows) lays out a folder as the hub has it; `datasets` reads it instead. Gives the list of what is asked for."""
+    """fake_hub(task, rows) lays out a folder as the hub has it; `datasets` reads it instead. Gives the list
+    of what is asked for."""
     real, asked = datasets.load_dataset, []
 
     def load_dataset(path, name=None, *, split, revision):
@@ -312,7 +394,14 @@ def test_hub_rows_come_pinned_and_in_our_format(task, fake_hub):
         assert found[0] == {"id": f"{task}-{split}-0", **expected, "task": task}
         assert len(found) == len(rows) * len(theirs.split("+"))
         assert asked[-1] == (hub["path"], hub.get("name"), theirs, revision)
-    assert len(data.load_rows(task, split, DataConfig("hub", eval_limit=1, train_limit=1, revisions=config.revisions))) == 1
+    assert (
+        len(
+            data.load_rows(
+                task, split, DataConfig("hub", eval_limit=1, train_limit=1, revisions=config.revisions)
+            )
+        )
+        == 1
+    )
 
 
 def test_every_task_that_the_hub_has_is_tested():
@@ -340,7 +429,9 @@ def test_hub_splits_without_labels_are_not_offered():
     config = DataConfig("hub")
     assert data.splits("boolq", config) == ("train", "validation")
     assert data.splits("svamp", config) == ("test",)
-    with pytest.raises(ConfigError, match=r"google/boolq has no labelled test split. There: train, validation"):
+    with pytest.raises(
+        ConfigError, match=r"google/boolq has no labelled test split. There: train, validation"
+    ):
         data.load_rows("boolq", "test", config)
 
 
@@ -377,15 +468,25 @@ def test_hub_out_of_reach_is_one_error_and_no_other_source(monkeypatch):
 
 
 def test_hub_with_other_columns_is_named(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list([{"question": "Why?", "answer": 1}]))
-    with pytest.raises(ConfigError, match=r"ai2_arc, test row 0: no column 'choices'; the columns are question, answer"):
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *a, **k: datasets.Dataset.from_list([{"question": "Why?", "answer": 1}]),
+    )
+    with pytest.raises(
+        ConfigError, match=r"ai2_arc, test row 0: no column 'choices'; the columns are question, answer"
+    ):
         data.load_rows("arc_easy", "test", DataConfig("hub"))
 
 
 @pytest.mark.parametrize("source", ["local", "hub"])
 def test_what_only_the_world_has_says_so(source, tmp_path):
     config = DataConfig(source, root=str(tmp_path) if source == "local" else None)
-    with pytest.raises(ConfigError, match=rf"conflict_first with data.source={source}.*Expected data.source=builtin\."):
+    with pytest.raises(
+        ConfigError, match=rf"conflict_first with data.source={source}.*Expected data.source=builtin\."
+    ):
         data.load_rows("conflict_first", "test", config)
-    with pytest.raises(ConfigError, match=r"boolq_passage with data.source=builtin.*Expected data.source=local or hub\."):
+    with pytest.raises(
+        ConfigError, match=r"boolq_passage with data.source=builtin.*Expected data.source=local or hub\."
+    ):
         data.load_rows("boolq_passage", "validation", DataConfig("builtin"))

@@ -22,7 +22,9 @@ input()
 
 
 def holder(folder):
-    return subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_processes_spread_evenly_and_a_dead_one_frees_its_own(tmp_path):

@@ -1,5 +1,5 @@
-"""Evaluation against its invariants (batch size, repetition, what it leaves untouched), against a loop over choices without a cache,
-against lm-eval's own requests and metrics, and counts by hand.
+"""Evaluation against its invariants (batch size, repetition, what it leaves untouched), against a loop over
+choices without a cache, against lm-eval's own requests and metrics, and counts by hand.
 
 pytest tests/benchmarks/test_evaluation.py
 """
@@ -21,7 +21,8 @@ from moabench.methods import capture_routing, catalog
 from moabench.methods.spec import ConfigError
 
 METHODS = ["none", "lora", "moe_lora_topk", "moa_sparse", "mixlora", "moa_instance"]
-"""One of each kind: no adapter, no router, token routers at linears, blocks and FFNs, a router that pools over the sequence."""
+"""One of each kind: no adapter, no router, token routers at linears, blocks and FFNs, a router that pools
+over the sequence."""
 ADAPTERS = [name for name in catalog.names() if catalog.parse(catalog.raw(name)).tuner in ("mixture", "peft")]
 SKILLS = ("none", "other")
 
@@ -38,7 +39,10 @@ def requests(config):
 def alone(model, example):
     """Log-likelihood of one example's answer by one plain call: no batch, no padding, no cache."""
     ids = torch.tensor([example.ids])
-    facts = {"prompt_mask": torch.arange(ids.shape[1] - 1)[None] < example.start, "skill_ids": torch.tensor([example.skill])}
+    facts = {
+        "prompt_mask": torch.arange(ids.shape[1] - 1)[None] < example.start,
+        "skill_ids": torch.tensor([example.skill]),
+    }
     facts = {key: value for key, value in facts.items() if getattr(model, f"accepts_{key}", False)}
     with torch.no_grad():
         scores = model(input_ids=ids[:, :-1], use_cache=False, **facts).logits[0].log_softmax(-1)
@@ -46,28 +50,39 @@ def alone(model, example):
 
 
 def questions_of(rng, count=8):
-    """Examples of `count` questions: long and short prompts, 2 to 5 answers of 1 to 9 tokens, an answer that comes twice."""
+    """Examples of `count` questions: long and short prompts, 2 to 5 answers of 1 to 9 tokens, an answer that
+    comes twice."""
     found = []
     for number in range(count):
         prompt = [rng.randrange(3, 300) for _ in range(rng.choice([1, 2, 5, 12, 30, 45]))]
-        answers = [[rng.randrange(3, 300) for _ in range(rng.choice([1, 1, 2, 4, 9]))] for _ in range(rng.randint(2, 5))]
-        found += [batches.Example(prompt + answer, len(prompt), number % 2) for answer in [*answers, answers[0]]]
+        answers = [
+            [rng.randrange(3, 300) for _ in range(rng.choice([1, 1, 2, 4, 9]))]
+            for _ in range(rng.randint(2, 5))
+        ]
+        found += [
+            batches.Example(prompt + answer, len(prompt), number % 2) for answer in [*answers, answers[0]]
+        ]
     return found
 
 
 @pytest.mark.parametrize("name", ["none", *ADAPTERS])
 def test_shared_prompts_change_no_log_likelihood(name, attached, monkeypatch):
-    """Every method, batches of 1 and 64, prompts shared always, by the rule, or never; against one plain call an answer."""
+    """Every method, batches of 1 and 64, prompts shared always, by the rule, or never; against one plain call
+    an answer."""
     model, examples = attached(name).eval(), questions_of(random.Random(3))
     want = torch.tensor([alone(model, e) for e in examples])
     rule = scoring.Question.shares
     ways = {"always": lambda q: len(q.rows) > 1, "rule": rule, "never": lambda q: False}
-    assert 0 < sum(rule(q) for q in grouped(examples)) < len(grouped(examples)), "the rule takes both ways here"
+    assert 0 < sum(rule(q) for q in grouped(examples)) < len(grouped(examples)), (
+        "the rule takes both ways here"
+    )
     for way, shares in ways.items():
         monkeypatch.setattr(scoring.Question, "shares", shares)
         for size in (1, 64):
             got = torch.tensor([ll for ll, _ in scoring.log_likelihoods(model, examples, 2, size)])
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-6, msg=lambda m, way=way, size=size: f"{way}, batch {size}: {m}")
+            torch.testing.assert_close(
+                got, want, atol=1e-5, rtol=1e-6, msg=lambda m, way=way, size=size: f"{way}, batch {size}: {m}"
+            )
 
 
 def grouped(examples):
@@ -83,30 +98,40 @@ def test_a_router_that_reads_ahead_reads_whole_texts(llama, monkeypatch):
     from moabench import methods
 
     torch.manual_seed(0)
-    model = methods.attach(llama, catalog.override(catalog.raw("moa_instance"), {"router.pool": "official_mean"})).eval()
+    model = methods.attach(
+        llama, catalog.override(catalog.raw("moa_instance"), {"router.pool": "official_mean"})
+    ).eval()
     assert scoring.reads_ahead(model)
     monkeypatch.setattr(scoring.Question, "shares", lambda q: True)
     examples = questions_of(random.Random(3), count=3)
     got = [ll for ll, _ in scoring.log_likelihoods(model, examples, 2, 1)]
-    torch.testing.assert_close(torch.tensor(got), torch.tensor([alone(model, e) for e in examples]), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(got), torch.tensor([alone(model, e) for e in examples]), atol=1e-5, rtol=1e-6
+    )
 
 
 def test_sharing_reads_each_prompt_once(llama, monkeypatch):
     """Tokens that the model is given: the prompt once, and each answer but its last token."""
     monkeypatch.setattr(scoring.Question, "shares", lambda q: True)
     seen = []
-    hook = llama.register_forward_pre_hook(lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    hook = llama.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     prompt = list(range(3, 43))
-    scoring.log_likelihoods(llama, [batches.Example(prompt + answer, 40) for answer in ([50, 51, 52], [60, 61, 62], [70])], 2, 8)
+    scoring.log_likelihoods(
+        llama, [batches.Example(prompt + answer, 40) for answer in ([50, 51, 52], [60, 61, 62], [70])], 2, 8
+    )
     hook.remove()
     assert seen == [(1, 40), (2, 2)]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "answers", "shares"), [(40, [3, 3, 3, 3], True), (3, [9, 9], False), (20, [60, 2], False), (40, [0], False)]
+    ("prompt", "answers", "shares"),
+    [(40, [3, 3, 3, 3], True), (3, [9, 9], False), (20, [60, 2], False), (40, [0], False)],
 )
 def test_the_rule_compares_tokens(prompt, answers, shares):
-    """answers: how many tokens of each are read, all but its last. One row of no token answers every choice of one token."""
+    """answers: how many tokens of each are read, all but its last. One row of no token answers every choice
+    of one token."""
     rows = {tuple([i] * length): [i] for i, length in enumerate(answers)}
     assert scoring.Question(list(range(prompt)), -1, rows).shares() == shares
 
@@ -116,7 +141,9 @@ def test_log_likelihoods_do_not_depend_on_the_batch(name, attached, tokenizer, c
     """lm-eval's own call, without a mask, moves a sequence-pooled router by 0.1 between these."""
     model = attached(name).eval()
     asked = requests(config())
-    one, many = ([ll for ll, _ in MaskedLM(model, tokenizer, size, False).loglikelihood(asked)] for size in (1, 64))
+    one, many = (
+        [ll for ll, _ in MaskedLM(model, tokenizer, size, False).loglikelihood(asked)] for size in (1, 64)
+    )
     torch.testing.assert_close(torch.tensor(one), torch.tensor(many), atol=3e-5, rtol=0)
 
 
@@ -124,29 +151,53 @@ def test_a_router_that_pools_over_the_sequence_pools_over_the_prompt_alone(attac
     """Against one plain call of the model that is told where the prompt ends."""
     model = attached("moa_instance").eval()
     ids, start = torch.tensor([[5, 60, 7, 80, 9, 100, 11]]), 3
-    answers = [ids[0, start:].tolist(), ids[0, start : start + 2].tolist(), [42]]  # ragged: padding in the batch
-    found = MaskedLM(model, tokenizer, 8, False)._loglikelihood_tokens([(("", ""), ids[0, :start].tolist(), a) for a in answers])
+    answers = [
+        ids[0, start:].tolist(),
+        ids[0, start : start + 2].tolist(),
+        [42],
+    ]  # ragged: padding in the batch
+    found = MaskedLM(model, tokenizer, 8, False)._loglikelihood_tokens(
+        [(("", ""), ids[0, :start].tolist(), a) for a in answers]
+    )
     prompt = torch.arange(6)[None] < start
-    inputs = {"input_ids": ids[:, :-1], "attention_mask": torch.ones(1, 6, dtype=torch.long), "prompt_mask": prompt}
+    inputs = {
+        "input_ids": ids[:, :-1],
+        "attention_mask": torch.ones(1, 6, dtype=torch.long),
+        "prompt_mask": prompt,
+    }
     with torch.no_grad():
         scores = model(**inputs).logits[0].log_softmax(-1)
     for (value, _), answer in zip(found, answers, strict=True):
-        assert value == pytest.approx(sum(scores[start - 1 + i, t].item() for i, t in enumerate(answer)), abs=3e-5)
+        assert value == pytest.approx(
+            sum(scores[start - 1 + i, t].item() for i, t in enumerate(answer)), abs=3e-5
+        )
 
 
 def test_log_likelihoods_and_greedy_flags_equal_lm_evals_on_a_model_without_routers(llama, tokenizer, config):
     asked = requests(config())
-    asked += [Instance("loglikelihood", {}, ("The red fox ", "sleeps"), 0), Instance("loglikelihood", {}, ("", "red fox"), 0)]
+    asked += [
+        Instance("loglikelihood", {}, ("The red fox ", "sleeps"), 0),
+        Instance("loglikelihood", {}, ("", "red fox"), 0),
+    ]
     ours = MaskedLM(llama, tokenizer, 8, False).loglikelihood(asked)
-    theirs = HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=8, backend="causal").loglikelihood(asked, disable_tqdm=True)
-    close = {"atol": 3e-5, "rtol": 1e-6}  # lm-eval sums an answer's tokens in fp32, and some answers are at -130
-    torch.testing.assert_close(torch.tensor([a for a, _ in ours]), torch.tensor([a for a, _ in theirs]), **close)
+    theirs = HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=8, backend="causal").loglikelihood(
+        asked, disable_tqdm=True
+    )
+    close = {
+        "atol": 3e-5,
+        "rtol": 1e-6,
+    }  # lm-eval sums an answer's tokens in fp32, and some answers are at -130
+    torch.testing.assert_close(
+        torch.tensor([a for a, _ in ours]), torch.tensor([a for a, _ in theirs]), **close
+    )
     assert [g for _, g in ours] == [g for _, g in theirs]
 
 
 def test_a_greedy_continuation_is_recognised(llama, tokenizer):
     prompt = tokenizer("The red fox", return_tensors="pt")["input_ids"]
-    greedy = llama.generate(prompt, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(prompt))[0, prompt.shape[1] :]
+    greedy = llama.generate(
+        prompt, max_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(prompt)
+    )[0, prompt.shape[1] :]
     lm = MaskedLM(llama, tokenizer, 2, False)
     other = greedy.clone()
     other[1] += 1
@@ -157,15 +208,21 @@ def test_a_greedy_continuation_is_recognised(llama, tokenizer):
 def test_a_prompt_longer_than_the_model_reads_loses_its_beginning_and_is_counted(llama, tokenizer):
     lm = MaskedLM(llama, tokenizer, 2, False)
     long = [5 + i % 200 for i in range(lm.max_length + 9)]
-    results = lm._loglikelihood_tokens([(("", ""), prompt, [20, 21]) for prompt in (long, long[-lm.max_length + 1 :], long[:9])])
+    results = lm._loglikelihood_tokens(
+        [(("", ""), prompt, [20, 21]) for prompt in (long, long[-lm.max_length + 1 :], long[:9])]
+    )
     assert results[0] == pytest.approx(results[1], abs=3e-5)
     assert lm.cut == 1
 
 
 def test_one_token_choices_of_a_question_share_a_forward(llama, tokenizer):
     seen = []
-    hook = llama.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
-    MaskedLM(llama, tokenizer, 8, False)._loglikelihood_tokens([(("", ""), [5, 6, 7], [token]) for token in (10, 11, 12, 13)])
+    hook = llama.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    MaskedLM(llama, tokenizer, 8, False)._loglikelihood_tokens(
+        [(("", ""), [5, 6, 7], [token]) for token in (10, 11, 12, 13)]
+    )
     hook.remove()
     assert seen == [(1, 3)]
 
@@ -205,7 +262,9 @@ def test_metrics_are_the_means_of_the_samples_and_carry_their_source(llama, toke
     assert result.routing == []
     assert result.metrics.pop("eval/cut_requests") == 0
     assert set(result.metrics) == {
-        f"eval/{t}@local:loglikelihood/{m}" for t in cfg.task.eval for m in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+        f"eval/{t}@local:loglikelihood/{m}"
+        for t in cfg.task.eval
+        for m in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
     }
     for task in cfg.task.eval:
         samples = [s for s in result.samples if s["task"] == f"{task}@local:loglikelihood"]
@@ -213,9 +272,15 @@ def test_metrics_are_the_means_of_the_samples_and_carry_their_source(llama, toke
         for key, metric in (("correct", "acc"), ("correct_norm", "acc_norm")):
             hits = np.array([s[key] for s in samples], dtype=float)
             assert result.metrics[f"eval/{task}@local:loglikelihood/{metric}"] == pytest.approx(hits.mean())
-            assert result.metrics[f"eval/{task}@local:loglikelihood/{metric}_stderr"] == pytest.approx(hits.std(ddof=1) / len(hits) ** 0.5)
+            assert result.metrics[f"eval/{task}@local:loglikelihood/{metric}_stderr"] == pytest.approx(
+                hits.std(ddof=1) / len(hits) ** 0.5
+            )
         for sample, row in zip(samples, load_rows(task, "test", cfg.data), strict=True):
-            assert (sample["doc_id"], sample["choices"], sample["label"]) == (row["id"], row["choices"], row["label"])
+            assert (sample["doc_id"], sample["choices"], sample["label"]) == (
+                row["id"],
+                row["choices"],
+                row["label"],
+            )
             assert sample["split"] == "test" and sample["skill"] == "none"
             assert sample["correct"] == (sample["prediction"] == sample["label"])
             assert sample["correct_norm"] == (sample["prediction_norm"] == sample["label"])
@@ -232,31 +297,48 @@ def test_expert_load_counts_each_real_token_of_question_and_answer_once(attached
             ids = tokenizer(form.prompt(row) + form.answer(row), return_tensors="pt")["input_ids"]
             site, routing = next(iter(capture_routing(model, {"input_ids": ids}).items()))
             counts, tokens = counts + routing.selected.sum(0), tokens + ids.shape[1]
-        found = [r for r in result.routing if r["task"] == f"{name}@local:loglikelihood" and r["site"] == site and r["skill"] is None]
+        found = [
+            r
+            for r in result.routing
+            if r["task"] == f"{name}@local:loglikelihood" and r["site"] == site and r["skill"] is None
+        ]
         assert [r["assignments"] for r in found] == counts.tolist()
         assert {(r["tokens"], r["split"], r["unit"]) for r in found} == {(tokens, "test", "token")}
         assert sum(r["share"] for r in found) == pytest.approx(1)
     assert result.metrics["load/mean_active"] == pytest.approx(2)
 
 
-def test_a_sequence_router_is_counted_by_sequences_and_a_soft_one_reports_no_assignments(attached, tokenizer, config):
+def test_a_sequence_router_is_counted_by_sequences_and_a_soft_one_reports_no_assignments(
+    attached, tokenizer, config
+):
     cfg = config()
     result = evaluate(attached("moa_instance").eval(), tokenizer, ("arc_easy",), cfg, progress=False)
-    assert {(r["unit"], r["tokens"], r["share"], r["usage"]) for r in result.routing} == {("sequence", 24, None, None)}
+    assert {(r["unit"], r["tokens"], r["share"], r["usage"]) for r in result.routing} == {
+        ("sequence", 24, None, None)
+    }
     assert "load/mean_active" not in result.metrics
     assert "load/effective_experts" in result.metrics
 
 
-NATIVE = [name for name in tasks.names() if tasks.get(name).native == "loglikelihood" and not tasks.get(name).unavailable("builtin")]
+NATIVE = [
+    name
+    for name in tasks.names()
+    if tasks.get(name).native == "loglikelihood" and not tasks.get(name).unavailable("builtin")
+]
 
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_requests_and_scores_equal_those_of_the_task_file_in_plain_lm_eval(name):
-    """Our task object against the one that lm-eval builds from the YAML alone, with random log-likelihoods."""
+    """Our task object against the one that lm-eval builds from the YAML alone, with random
+    log-likelihoods."""
     from lm_eval.tasks import TaskManager
 
     ours = load_tasks((name,), DataConfig("builtin", eval_limit=20))[name]
-    manager = TaskManager(include_path=str(tasks.FOLDER), include_defaults=False, metadata={"source": "builtin", "eval_limit": 20})
+    manager = TaskManager(
+        include_path=str(tasks.FOLDER),
+        include_defaults=False,
+        metadata={"source": "builtin", "eval_limit": 20},
+    )
     theirs = manager.load([name])["tasks"][name]
     asked = []
     for task in (ours, theirs):
@@ -273,21 +355,33 @@ def test_requests_and_scores_equal_those_of_the_task_file_in_plain_lm_eval(name)
 
 
 PROTOCOLS = {"loglikelihood": ("acc", "acc_norm"), "label": ("acc",), "generate": ("acc", "acc_strict")}
-COLUMNS = """task protocol template extraction split doc_id question context choices label answer prediction prediction_norm
-prediction_strict response extracted extracted_strict loglikelihoods correct correct_norm correct_strict skill domain"""
+COLUMNS = """task protocol template extraction split doc_id question context choices label answer prediction
+prediction_norm prediction_strict response extracted extracted_strict loglikelihoods correct
+correct_norm correct_strict skill domain"""
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_protocol_has_its_metrics_and_one_schema(protocol, attached, tokenizer, config, tmp_path):
     cfg = config()
     object.__setattr__(cfg, "protocol", protocol)
-    result = evaluate(attached("molora_oracle"), tokenizer, ("arc_easy", "arc_challenge"), cfg, progress=False, skills=SKILLS)
+    result = evaluate(
+        attached("molora_oracle"),
+        tokenizer,
+        ("arc_easy", "arc_challenge"),
+        cfg,
+        progress=False,
+        skills=SKILLS,
+    )
     title = f"arc_easy@local:{protocol}"
     found = {key for key in result.metrics if key.startswith(f"eval/{title}/")}
     assert found == {f"eval/{title}/{name}{end}" for name in PROTOCOLS[protocol] for end in ("", "_stderr")}
     samples = [s for s in result.samples if s["task"] == title]
     assert len(samples) == 24 and all(set(s) == set(COLUMNS.split()) for s in samples)
-    for column, metric in {"correct": "acc", "correct_norm": "acc_norm", "correct_strict": "acc_strict"}.items():
+    for column, metric in {
+        "correct": "acc",
+        "correct_norm": "acc_norm",
+        "correct_strict": "acc_strict",
+    }.items():
         values = [s[column] for s in samples]
         if metric in PROTOCOLS[protocol]:
             assert result.metrics[f"eval/{title}/{metric}"] == pytest.approx(np.mean(values))
@@ -305,8 +399,12 @@ def test_letters_are_scored_as_letters(llama, tokenizer, config):
     prompt = tasks.get("arc_easy").form("label").prompt(row)
     pairs = [(prompt, f" {letter}") for letter in "ABCDE"[: len(row["choices"])]]
     want = [alone(llama, e) for e in batches.encode(tokenizer, pairs)]
-    torch.testing.assert_close(torch.tensor(sample["loglikelihoods"]), torch.tensor(want), atol=1e-5, rtol=1e-6)
-    assert sample["prediction"] == int(np.argmax(want)) and sample["correct"] == (sample["prediction"] == row["label"])
+    torch.testing.assert_close(
+        torch.tensor(sample["loglikelihoods"]), torch.tensor(want), atol=1e-5, rtol=1e-6
+    )
+    assert sample["prediction"] == int(np.argmax(want)) and sample["correct"] == (
+        sample["prediction"] == row["label"]
+    )
 
 
 class Answers(MaskedLM):
@@ -339,20 +437,35 @@ def test_generated_answers_are_read_twice(llama, tokenizer, config, monkeypatch)
             assert sample["prediction"] == sample["prediction_strict"] == sample["label"]
             assert sample["correct"] and sample["correct_strict"]
         elif i % 4 == 1:
-            assert (sample["extracted"], sample["extracted_strict"], sample["prediction"]) == ("answer1", None, 0)
+            assert (sample["extracted"], sample["extracted_strict"], sample["prediction"]) == (
+                "answer1",
+                None,
+                0,
+            )
             assert sample["correct"] == (sample["label"] == 0) and not sample["correct_strict"]
         elif i % 4 == 2:
-            assert sample["extracted"] is sample["prediction"] is sample["extracted_strict"] is None and not sample["correct"]
+            assert (
+                sample["extracted"] is sample["prediction"] is sample["extracted_strict"] is None
+                and not sample["correct"]
+            )
         else:
-            assert not sample["correct"] and not sample["correct_strict"] and sample["prediction"] != sample["label"]
+            assert (
+                not sample["correct"]
+                and not sample["correct_strict"]
+                and sample["prediction"] != sample["label"]
+            )
 
 
 def test_the_true_skill_reaches_the_model(attached, tokenizer, config):
-    """The oracle routes by it: other numbers, other log-likelihoods; a skill that is not named is refused by the oracle."""
+    """The oracle routes by it: other numbers, other log-likelihoods; a skill that is not named is refused by
+    the oracle."""
     model, cfg = attached("molora_oracle").eval(), config()
 
     def scores(skills):
-        return [s["loglikelihoods"] for s in evaluate(model, tokenizer, ("arc_easy",), cfg, progress=False, skills=skills).samples]
+        return [
+            s["loglikelihoods"]
+            for s in evaluate(model, tokenizer, ("arc_easy",), cfg, progress=False, skills=skills).samples
+        ]
 
     assert scores(("none", "other")) == scores(("none",)) != scores(("other", "none"))
     with pytest.raises(ConfigError, match="skill_ids"):
@@ -369,7 +482,10 @@ def test_a_protocol_that_a_source_cannot_serve_is_refused(llama, tokenizer, conf
 def test_generation_leaves_room_and_counts_cut_prompts(llama, tokenizer):
     lm = MaskedLM(llama, tokenizer, 4, False)
     text = "red fox " * 200
-    asked = [Instance("generate_until", {}, (prompt, {"until": [], "max_gen_toks": 5}), 0) for prompt in (text, "The red fox")]
+    asked = [
+        Instance("generate_until", {}, (prompt, {"until": [], "max_gen_toks": 5}), 0)
+        for prompt in (text, "The red fox")
+    ]
     assert len(lm.generate_until(asked)) == 2 and lm.cut == 1
 
 

@@ -1,4 +1,5 @@
-"""A run from config to folder, on an untrained model: what is recorded, what is shared between runs, what becomes of errors."""
+"""A run from config to folder, on an untrained model: what is recorded, what is shared between runs, what
+becomes of errors."""
 
 import json
 import os
@@ -18,14 +19,24 @@ from moabench.benchmarks.files import RunError, StorageError, read_json
 from moabench.benchmarks.runs import find
 from moabench.methods.spec import ConfigError
 
-SMALL = ("model=random_tiny", "train=smoke", "data.eval_limit=6", "data.train_limit=20", "logger=none", "quiet=true", "++threads=1")
+SMALL = (
+    "model=random_tiny",
+    "train=smoke",
+    "data.eval_limit=6",
+    "data.train_limit=20",
+    "logger=none",
+    "quiet=true",
+    "++threads=1",
+)
 CLOCK = {"train/seconds", "train/tokens_per_second", "memory/peak_bytes"}
 """Metrics that are not determined by the config."""
 
 
 def config(runs_dir: Path, *overrides: str) -> RunConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        data = OmegaConf.to_container(compose("config", [*SMALL, f"runs_dir={runs_dir}", *overrides]), resolve=True)
+        data = OmegaConf.to_container(
+            compose("config", [*SMALL, f"runs_dir={runs_dir}", *overrides]), resolve=True
+        )
     return RunConfig.from_composed(data, overrides)
 
 
@@ -68,11 +79,19 @@ def test_the_record_is_complete(tmp_path):
     assert outcome.ran and outcome.metrics == metrics
     for task in ("arc_easy@builtin:loglikelihood", "arc_challenge@builtin:loglikelihood"):
         assert {
-            f"{part}/{task}/{name}" for part in ("eval", "base") for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+            f"{part}/{task}/{name}"
+            for part in ("eval", "base")
+            for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
         } <= metrics.keys()
-    wanted = "train/loss_task train/tokens_per_second train/seconds memory/peak_bytes params/trainable params/total load/effective_experts"
+    wanted = (
+        "train/loss_task train/tokens_per_second train/seconds memory/peak_bytes params/trainable "
+        "params/total load/effective_experts"
+    )
     assert set(wanted.split()) <= metrics.keys()
-    tables = {name: pd.read_parquet(outcome.folder / f"{name}.parquet") for name in ("history", "routing", "samples", "probes", "matrices")}
+    tables = {
+        name: pd.read_parquet(outcome.folder / f"{name}.parquet")
+        for name in ("history", "routing", "samples", "probes", "matrices")
+    }
     assert list(tables["history"]["step"]) == [1, 2]
     assert {"site", "expert", "split", "task"} <= set(tables["routing"].columns)
     assert len(tables["samples"]) == 12
@@ -81,14 +100,22 @@ def test_the_record_is_complete(tmp_path):
     assert outcome.folder.name.endswith(run_hash(saved, inputs(saved))[:8])
 
 
-HEADLINES = {f"headline/{name}" for name in ("max_vio", "effective_experts", "mi_minus_null", "expert_cka", "erank_ratio")}
+HEADLINES = {
+    f"headline/{name}"
+    for name in ("max_vio", "effective_experts", "mi_minus_null", "expert_cka", "erank_ratio")
+}
 
 
 @pytest.mark.parametrize("method", ["moe_lora_topk", "moa_sparse", "molora_oracle", "lora", "none"])
 def test_measures_of_a_run_agree_with_its_tables(tmp_path, method):
-    """metrics.json against the rows it was made from; a method without routers has no measure of them, and the frozen base has none."""
+    """metrics.json against the rows it was made from; a method without routers has no measure of them, and
+    the frozen base has none."""
     overrides = ("method.experts.n=4",) if method == "molora_oracle" else ()
-    outcome = experiment.run(config(tmp_path, f"method={method}", *overrides, "task=conflict", "train.lr=0.05", "data.eval_limit=12"))
+    outcome = experiment.run(
+        config(
+            tmp_path, f"method={method}", *overrides, "task=conflict", "train.lr=0.05", "data.eval_limit=12"
+        )
+    )
     metrics, tables = outcome.metrics, {p.stem: pd.read_parquet(p) for p in outcome.folder.glob("*.parquet")}
     found = {key for key in metrics if key.startswith("headline/") and not key.endswith("_worst")}
     assert found == {"none": set(), "lora": {"headline/erank_ratio"}}.get(method, HEADLINES)
@@ -102,28 +129,39 @@ def test_measures_of_a_run_agree_with_its_tables(tmp_path, method):
     probes = tables["probes"]
     assert sorted(probes["step"].unique()) == [0, 1, 2] == read_json(outcome.folder / "probe.json")["steps"]
     last = probes.query("step == 2 and measure == 'representation/erank_ratio'")["value"]
-    assert metrics["headline/erank_ratio"] == pytest.approx(last.mean()) and metrics["headline/erank_ratio_worst"] == pytest.approx(
-        last.min()
-    )
+    assert metrics["headline/erank_ratio"] == pytest.approx(last.mean()) and metrics[
+        "headline/erank_ratio_worst"
+    ] == pytest.approx(last.min())
     if method == "lora":
         return
     last = probes.query("step == 2 and measure == 'experts/cka'")["value"]
-    assert (metrics["headline/expert_cka"], metrics["headline/expert_cka_worst"]) == pytest.approx((last.mean(), last.max()))
+    assert (metrics["headline/expert_cka"], metrics["headline/expert_cka_worst"]) == pytest.approx(
+        (last.mean(), last.max())
+    )
     effective = "load/contribution_effective_experts" if method == "moa_sparse" else "load/effective_experts"
     assert metrics["headline/effective_experts"] == metrics[effective]
     assert set(tables["matrices"].columns) == {"step", "site", "name", "i", "j", "value"}
     coactivation = tables["matrices"].query("name == 'coactivation' and i == j")
     assert (coactivation["value"] == 1).all() and set(coactivation["step"]) == {2}
     routing = tables["routing"]
-    whole, parts = routing[routing["skill"].isna() & (routing["split"] == "test")], routing[routing["skill"].notna()]
+    whole, parts = (
+        routing[routing["skill"].isna() & (routing["split"] == "test")],
+        routing[routing["skill"].notna()],
+    )
     assert set(parts["skill"]) == {f"convention:{k}" for k in (1, 2, 3, 4)}
     keys = ["task", "site", "expert"]
-    pd.testing.assert_series_equal(whole.groupby(keys)["assignments"].sum(), parts.groupby(keys)["assignments"].sum())
+    pd.testing.assert_series_equal(
+        whole.groupby(keys)["assignments"].sum(), parts.groupby(keys)["assignments"].sum()
+    )
     counts = whole.groupby(["site", "index"])["assignments"].sum().unstack()
     vio = counts.max(axis=1) / counts.sum(axis=1) * counts.shape[1] - 1
-    assert (metrics["headline/max_vio"], metrics["headline/max_vio_worst"]) == pytest.approx((vio.mean(), vio.max()))
+    assert (metrics["headline/max_vio"], metrics["headline/max_vio_worst"]) == pytest.approx(
+        (vio.mean(), vio.max())
+    )
     if method == "molora_oracle":
-        assert metrics["specialisation/skill_mi"] == pytest.approx(1) and metrics["headline/mi_minus_null"] > 0.5
+        assert (
+            metrics["specialisation/skill_mi"] == pytest.approx(1) and metrics["headline/mi_minus_null"] > 0.5
+        )
 
 
 def test_all_methods_of_a_study_are_probed_on_the_same_tokens(tmp_path):
@@ -150,11 +188,23 @@ def test_accuracy_agrees_with_the_samples(tmp_path):
         assert rows["correct"].mean() == pytest.approx(outcome.metrics[f"eval/{task}/acc"])
 
 
-@pytest.mark.parametrize(("protocol", "template", "extraction"), [("label", "letters", None), ("generate", "llm_adapters", "choice_word")])
+@pytest.mark.parametrize(
+    ("protocol", "template", "extraction"),
+    [("label", "letters", None), ("generate", "llm_adapters", "choice_word")],
+)
 def test_the_way_of_asking_is_part_of_the_result(tmp_path, protocol, template, extraction):
-    outcome = experiment.run(config(tmp_path, "method=lora", "task=arc_easy", f"protocol={protocol}", "train.loss=whole"))
+    outcome = experiment.run(
+        config(tmp_path, "method=lora", "task=arc_easy", f"protocol={protocol}", "train.loss=whole")
+    )
     title = f"arc_easy@builtin:{protocol}"
-    names = {"protocol": protocol, "template": template, "extraction": extraction, "loss": "whole", "split": "test", "version": 1}
+    names = {
+        "protocol": protocol,
+        "template": template,
+        "extraction": extraction,
+        "loss": "whole",
+        "split": "test",
+        "version": 1,
+    }
     names |= {"max_new_tokens": 32} if extraction else {}
     assert read_json(outcome.folder / "protocol.json") == {title: names}
     assert {f"eval/{title}/acc", f"base/{title}/acc"} <= outcome.metrics.keys()
@@ -166,9 +216,12 @@ def leaky(tmp_path):
     """A folder of questions of which two training rows are test rows, one of them in other letters."""
     folder = tmp_path / "data" / "arc_easy"
     folder.mkdir(parents=True)
-    words = [a + b for a in ("amber", "bison", "cedar", "dune", "ember") for b in ("wick", "ford", "ley", "holm")]
+    words = [
+        a + b for a in ("amber", "bison", "cedar", "dune", "ember") for b in ("wick", "ford", "ley", "holm")
+    ]
     made = [
-        {"question": f"What is {w} near the {v}?", "choices": [w, v, "none"], "label": 0} for w, v in zip(words, words[5:], strict=False)
+        {"question": f"What is {w} near the {v}?", "choices": [w, v, "none"], "label": 0}
+        for w, v in zip(words, words[5:], strict=False)
     ]
     test = made[:6]
     train = [*made[6:], test[0], test[1] | {"question": test[1]["question"].upper()}]
@@ -179,31 +232,63 @@ def leaky(tmp_path):
 
 @pytest.mark.parametrize(("mode", "rows"), [("drop", 9), ("mark", 11)])
 def test_leaked_rows_are_recorded(tmp_path, leaky, mode, rows):
-    made = config(tmp_path, "method=lora", "task=arc_easy", "data=local", f"data.root={leaky}", f"leakage={mode}", "data.train_limit=null")
+    made = config(
+        tmp_path,
+        "method=lora",
+        "task=arc_easy",
+        "data=local",
+        f"data.root={leaky}",
+        f"leakage={mode}",
+        "data.train_limit=null",
+    )
     outcome = experiment.run(made)
     record = read_json(outcome.folder / "leakage.json")
-    assert (record["mode"], record["leaked"], [m["kind"] for m in record["matches"]]) == (mode, 2, ["exact", "exact"])
+    assert (record["mode"], record["leaked"], [m["kind"] for m in record["matches"]]) == (
+        mode,
+        2,
+        ["exact", "exact"],
+    )
     assert (outcome.metrics["leakage/rows"], outcome.metrics["train/rows"]) == (2, rows)
     assert read_json(outcome.folder / "data.json")["rows"] == rows
 
 
 def test_leaked_rows_can_stop_a_run(tmp_path, leaky):
     with pytest.raises(ConfigError, match="2 of 11 training rows are evaluation rows"):
-        experiment.run(config(tmp_path / "runs", "method=lora", "task=arc_easy", "data=local", f"data.root={leaky}", "leakage=refuse"))
+        experiment.run(
+            config(
+                tmp_path / "runs",
+                "method=lora",
+                "task=arc_easy",
+                "data=local",
+                f"data.root={leaky}",
+                "leakage=refuse",
+            )
+        )
     assert not find(tmp_path / "runs"), "nothing is left behind"
 
 
 def test_training_rows_that_cannot_be_put_stop_a_run(tmp_path):
     root = tmp_path / "data"
     for task, row in {
-        "aqua": {"question": "What is 2 + 2?", "choices": ["3", "4", "5", "6", "7"], "label": 1, "answer": "B"},
+        "aqua": {
+            "question": "What is 2 + 2?",
+            "choices": ["3", "4", "5", "6", "7"],
+            "label": 1,
+            "answer": "B",
+        },
         "gsm8k": {"question": "What is 3 + 3?", "answer": "6", "solution": "3 + 3 = 6"},
     }.items():
         (root / task).mkdir(parents=True)
         for split in ("train", "test"):
             (root / task / f"{split}.jsonl").write_text(json.dumps(row))
     made = config(
-        tmp_path / "runs", "method=lora", "task=aqua", "data=local", f"data.root={root}", "protocol=label", "++mix.parts.gsm8k.weight=1"
+        tmp_path / "runs",
+        "method=lora",
+        "task=aqua",
+        "data=local",
+        f"data.root={root}",
+        "protocol=label",
+        "++mix.parts.gsm8k.weight=1",
     )
     with pytest.raises(ConfigError, match=r"mix=own trains on gsm8k with .*: its rows have a free answer"):
         experiment.run(made)
@@ -214,7 +299,9 @@ def test_what_was_forgotten_is_measured(tmp_path):
     text = tmp_path / "held_out.txt"
     text.write_text("A hare runs over the hill.\nThe pump stands in the barn.\n")
     metrics = experiment.run(config(tmp_path, "method=lora", f"forgetting={text}", "train.lr=1e-2")).metrics
-    assert metrics["forgetting/change"] == pytest.approx(metrics["forgetting/loss"] - metrics["forgetting/before"])
+    assert metrics["forgetting/change"] == pytest.approx(
+        metrics["forgetting/loss"] - metrics["forgetting/before"]
+    )
     assert metrics["forgetting/change"] != 0 and metrics["forgetting/tokens"] > 10
     frozen = experiment.run(config(tmp_path, "method=none", f"forgetting={text}")).metrics
     assert frozen["forgetting/change"] == 0 and frozen["forgetting/loss"] == metrics["forgetting/before"]
@@ -226,7 +313,9 @@ def test_the_oracle_is_told_the_skill_in_training_and_evaluation(tmp_path):
     samples = pd.read_parquet(outcome.folder / "samples.parquet")
     assert set(samples["skill"]) == {f"convention:{k}" for k in (1, 2, 3, 4)}
     routing = pd.read_parquet(outcome.folder / "routing.parquet").query("split == 'test'")
-    load = routing.groupby(["task", "expert"])["share"].mean().unstack()  # each task is one convention, and has one expert
+    load = (
+        routing.groupby(["task", "expert"])["share"].mean().unstack()
+    )  # each task is one convention, and has one expert
     assert ((load == 0) | (load == 1)).all().all() and (load.sum(0) == 1).all()
 
 
@@ -238,7 +327,10 @@ def test_the_environment_names_no_place(tmp_path):
     assert record["threads"] == 1 and record["packages"]["torch"] == torch.__version__
     for place in (str(tmp_path), str(Path.home()), os.getcwd()):
         assert place not in text
-    assert str(Path(experiment.__file__).parent) not in (outcome.folder / "adapter" / "adapter_config.json").read_text()
+    assert (
+        str(Path(experiment.__file__).parent)
+        not in (outcome.folder / "adapter" / "adapter_config.json").read_text()
+    )
 
 
 def test_equal_configs_give_equal_results_in_one_process(tmp_path):
@@ -279,7 +371,10 @@ def test_the_frozen_base_as_a_method(tmp_path, calls):
     outcome = experiment.run(config(tmp_path, "method=none"))
     assert calls == ["evaluate"]
     assert outcome.metrics["params/trainable"] == 0
-    assert outcome.metrics["eval/arc_easy@builtin:loglikelihood/acc"] == outcome.metrics["base/arc_easy@builtin:loglikelihood/acc"]
+    assert (
+        outcome.metrics["eval/arc_easy@builtin:loglikelihood/acc"]
+        == outcome.metrics["base/arc_easy@builtin:loglikelihood/acc"]
+    )
     assert len(pd.read_parquet(outcome.folder / "samples.parquet")) == 12
     assert not (outcome.folder / "adapter").exists()
 
@@ -305,7 +400,10 @@ def test_a_failed_run_stays_with_its_reason_and_is_tried_again(tmp_path, monkeyp
         with pytest.raises(RuntimeError, match="boom"):
             experiment.run(config(tmp_path, "method=lora"))
     (folder,) = find(tmp_path)
-    assert read_json(folder / "status.json")["state"] == "failed" and "boom" in read_json(folder / "status.json")["reason"]
+    assert (
+        read_json(folder / "status.json")["state"] == "failed"
+        and "boom" in read_json(folder / "status.json")["reason"]
+    )
     assert not (folder / "metrics.json").exists(), "a half-run has no metrics"
     with pytest.raises(RunError, match=r"passed over \(RuntimeError: boom\); retry=true"):
         experiment.run(config(tmp_path, "method=lora"), again=False)
@@ -320,9 +418,21 @@ def test_a_failed_run_stays_with_its_reason_and_is_tried_again(tmp_path, monkeyp
     [
         (KeyboardInterrupt(), KeyboardInterrupt, "interrupted"),
         (OSError(28, "No space left on device"), StorageError, "interrupted"),
-        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 177408 vs 177300"), StorageError, "interrupted"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), experiment.OutOfMemory, "failed"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), experiment.OutOfMemory, "failed"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 177408 vs 177300"),
+            StorageError,
+            "interrupted",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            experiment.OutOfMemory,
+            "failed",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+            experiment.OutOfMemory,
+            "failed",
+        ),
         (ConfigError("loss/task=nan at step 3: expected a finite loss."), RunError, "failed"),
     ],
 )
@@ -353,7 +463,13 @@ def holding(monkeypatch, rows: int, from_step: int = 0) -> None:
     monkeypatch.setattr(trainer.MixtureTrainer, "compute_loss", compute_loss)
 
 
-HALVES = ("method=moe_lora_topk", "train.batch_size=12", "train.eval_batch_size=8", "train.steps=4", "train.save_every=1")
+HALVES = (
+    "method=moe_lora_topk",
+    "train.batch_size=12",
+    "train.eval_batch_size=8",
+    "train.steps=4",
+    "train.save_every=1",
+)
 
 
 def test_passes_are_halved_until_they_fit(tmp_path, monkeypatch, capsys):
@@ -366,7 +482,9 @@ def test_passes_are_halved_until_they_fit(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count("out of memory; goes on with ") == 2
     assert "train.batch_size=3 (was 6), train.accumulation=4 (was 2)\n" in said
-    assert halved.folder.name == experiment.run(config(tmp_path / "halved", *HALVES)).folder.name, "the same run, found finished"
+    assert halved.folder.name == experiment.run(config(tmp_path / "halved", *HALVES)).folder.name, (
+        "the same run, found finished"
+    )
 
 
 def test_passes_of_evaluation_are_halved_apart(tmp_path, monkeypatch, capsys):
@@ -379,7 +497,14 @@ def test_passes_of_evaluation_are_halved_apart(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(scoring.batches, "forward", forward)
     found = experiment.run(
-        config(tmp_path, "method=lora", "train.eval_batch_size=8", "train.halve=true", "probe.times=0", "forgetting=none")
+        config(
+            tmp_path,
+            "method=lora",
+            "train.eval_batch_size=8",
+            "train.halve=true",
+            "probe.times=0",
+            "forgetting=none",
+        )
     )
     assert found.metrics["train/batch_size"] == config(tmp_path, "method=lora").train.batch_size
     assert "out of memory; goes on with train.eval_batch_size=2 (was 4)\n" in capsys.readouterr().err
@@ -393,7 +518,9 @@ def test_a_run_that_fills_the_memory_late_goes_on_from_its_checkpoint(tmp_path, 
     assert calls.count("train") == 1 and calls.count("train resumed") == 1
     histories = [pd.read_parquet(outcome.folder / "history.parquet") for outcome in (whole, halved)]
     pd.testing.assert_frame_equal(*(h[["step", "tokens"]] for h in histories))
-    assert histories[0]["loss/task"].to_numpy() == pytest.approx(histories[1]["loss/task"].to_numpy(), rel=1e-5)
+    assert histories[0]["loss/task"].to_numpy() == pytest.approx(
+        histories[1]["loss/task"].to_numpy(), rel=1e-5
+    )
 
 
 def test_nothing_is_halved_unasked_or_below_one_sequence(tmp_path, monkeypatch):

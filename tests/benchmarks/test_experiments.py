@@ -1,4 +1,5 @@
-"""conf/experiment: every committed study composes, each of its runs is valid and is no other's, and a variant is what one would type.
+"""conf/experiment: every committed study composes, each of its runs is valid and is no other's, and a variant
+is what one would type.
 
 Run: python -m pytest tests/benchmarks/test_experiments.py
 """
@@ -31,12 +32,18 @@ def jobs(name: str, *more: str, seeds: bool = True) -> list[RunConfig]:
         config = compose("config", [f"+experiment={name}"], return_hydra_config=True)
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         params = config.hydra.sweeper.params
-        grid = parser.parse_overrides([f"{k}={v if seeds or k != 'seed' else str(v).partition(',')[0]}" for k, v in params.items()])
+        grid = parser.parse_overrides(
+            [f"{k}={v if seeds or k != 'seed' else str(v).partition(',')[0]}" for k, v in params.items()]
+        )
         (batch,) = BasicSweeper.split_arguments(grid, None)
         found = []
         for job in batch:
             overrides = [f"+experiment={name}", *job, *more]
-            found.append(RunConfig.from_composed(OmegaConf.to_container(compose("config", overrides), resolve=True), overrides))
+            found.append(
+                RunConfig.from_composed(
+                    OmegaConf.to_container(compose("config", overrides), resolve=True), overrides
+                )
+            )
         return found
 
 
@@ -49,10 +56,20 @@ def test_every_run_of_a_study_is_valid_and_no_other_is_the_same(name):
 
 
 def test_the_studies_that_were_promised():
-    assert {"smoke", "equal_budget", "moa_ablation", "moa_threshold", "experts_topk", "load_balance", "ranks"} <= set(EXPERIMENTS)
+    assert {
+        "smoke",
+        "equal_budget",
+        "moa_ablation",
+        "moa_threshold",
+        "experts_topk",
+        "load_balance",
+        "ranks",
+    } <= set(EXPERIMENTS)
     assert {cfg.parsed_method.name for cfg in jobs("smoke", seeds=False)} == set(groups()["method"])
     eight = ["none", "lora", "molora", "moe_lora_topk", "adamole", "mixlora", "moa_soft", "moa_sparse"]
-    assert [(cfg.parsed_method.name, cfg.seed) for cfg in jobs("equal_budget")] == [(m, seed) for m in eight for seed in (0, 1, 2)]
+    assert [(cfg.parsed_method.name, cfg.seed) for cfg in jobs("equal_budget")] == [
+        (m, seed) for m in eight for seed in (0, 1, 2)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +78,10 @@ def test_the_studies_that_were_promised():
         ("no_prompt", ["~method.experts.prompt"]),
         ("linear_router", ["method.router.net=linear"]),
         ("instance", ["method=moa_instance"]),
-        ("inner_experts", [f"++method.experts.{bank}.n=2" for bank in ("lora", "prompt", "parallel_adapter")]),
+        (
+            "inner_experts",
+            [f"++method.experts.{bank}.n=2" for bank in ("lora", "prompt", "parallel_adapter")],
+        ),
     ],
 )
 def test_a_variant_is_the_run_that_one_would_type(variant, typed):
@@ -108,5 +128,7 @@ def test_smoke_runs_every_method(tmp_path):
 def test_a_study_is_known_by_its_name_without_the_plus(tmp_path):
     done = moabench("experiment=smok", cwd=tmp_path)
     assert done.returncode == 2 and "Did you mean 'smoke'?" in done.stderr
-    done = moabench("experiment=moa_ablation", "experiment.variant=no_prompt", "seed=0", "--cfg", "job", cwd=tmp_path)
+    done = moabench(
+        "experiment=moa_ablation", "experiment.variant=no_prompt", "seed=0", "--cfg", "job", cwd=tmp_path
+    )
     assert done.returncode == 0 and "variant: no_prompt" in done.stdout

@@ -1,4 +1,5 @@
-"""Loss on held-out text against a loop over one text; what the texts are, and what is said where there are none.
+"""Loss on held-out text against a loop over one text; what the texts are, and what is said where there are
+none.
 
 pytest tests/benchmarks/test_forgetting.py
 """
@@ -14,7 +15,22 @@ from moabench.benchmarks import forgetting, world
 from moabench.benchmarks.forgetting import change, held_out_texts, text_loss, windows
 from moabench.methods.spec import ConfigError
 
-WORDS = ["red", "fox", "sleeps", "under", "old", "stone", "bridge", "while", "green", "river", "carries", "many", "small", "boats"]
+WORDS = [
+    "red",
+    "fox",
+    "sleeps",
+    "under",
+    "old",
+    "stone",
+    "bridge",
+    "while",
+    "green",
+    "river",
+    "carries",
+    "many",
+    "small",
+    "boats",
+]
 
 
 def cfg(value, kind="builtin"):
@@ -26,7 +42,9 @@ def texts(count=9):
     return [" ".join(rng.choice(WORDS) for _ in range(rng.choice([1, 4, 20, 60]))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", ["none", "lora", "mixlora", "moa_instance", "molora_oracle", "molora_random"])
+@pytest.mark.parametrize(
+    "name", ["none", "lora", "mixlora", "moa_instance", "molora_oracle", "molora_random"]
+)
 def test_the_loss_of_each_token_once_whatever_the_batch(name, attached, tokenizer, monkeypatch):
     monkeypatch.setattr(forgetting, "WINDOW", 16)
     model = attached(name).train()
@@ -39,7 +57,10 @@ def test_the_loss_of_each_token_once_whatever_the_batch(name, attached, tokenize
         tokens += len(ids) - 1
         for start in range(0, len(ids) - 1, 16):
             window = torch.tensor([ids[start : start + 17]])
-            facts = {"prompt_mask": torch.arange(window.shape[1])[None] < 1, "skill_ids": torch.tensor([number])}
+            facts = {
+                "prompt_mask": torch.arange(window.shape[1])[None] < 1,
+                "skill_ids": torch.tensor([number]),
+            }
             facts = {key: value for key, value in facts.items() if getattr(model, f"accepts_{key}", False)}
             with torch.no_grad():
                 scores = model(input_ids=window, **facts).logits[0].log_softmax(-1)
@@ -87,7 +108,9 @@ def test_documents_are_lines_or_stand_between_blank_lines(content, documents, tm
 
 
 def test_files_that_cannot_serve(tmp_path):
-    with pytest.raises(ConfigError, match=r"forgetting=.*missing\.txt.*no such file.*Expected auto, none or a text file"):
+    with pytest.raises(
+        ConfigError, match=r"forgetting=.*missing\.txt.*no such file.*Expected auto, none or a text file"
+    ):
         held_out_texts(cfg(tmp_path / "missing.txt"))
     with pytest.raises(ConfigError, match="is a directory"):
         held_out_texts(cfg(tmp_path))
@@ -109,4 +132,7 @@ def test_random_states_are_left_as_they_were(attached, tokenizer):
 
 
 def test_what_was_lost():
-    assert change({"forgetting/loss": 1.0}, {"forgetting/loss": 1.5}) == {"forgetting/before": 1.0, "forgetting/change": 0.5}
+    assert change({"forgetting/loss": 1.0}, {"forgetting/loss": 1.5}) == {
+        "forgetting/before": 1.0,
+        "forgetting/change": 0.5,
+    }

@@ -14,7 +14,15 @@ from moabench.benchmarks import cli, experiment, files, housekeeping
 from moabench.benchmarks.config import RunConfig, groups, run_hash
 from moabench.methods.spec import ConfigError, build
 
-SMALL = ["model=random_tiny", "train=smoke", "task=arc_easy", "data.eval_limit=8", "data.train_limit=32", "forgetting=none", "logger=none"]
+SMALL = [
+    "model=random_tiny",
+    "train=smoke",
+    "task=arc_easy",
+    "data.eval_limit=8",
+    "data.train_limit=32",
+    "forgetting=none",
+    "logger=none",
+]
 
 
 def made(tmp_path, *more):
@@ -42,7 +50,13 @@ def ended(*argv) -> int:
 
 @pytest.mark.parametrize("method", groups()["method"])
 def test_config_yaml_is_the_whole_config(method, tmp_path):
-    cfg = composed(f"method={method}", "train=paper", "task=[arc,gsm8k]", "+mix.parts={gsm8k: {cap: 10}}", "budget.size=lora_r64")
+    cfg = composed(
+        f"method={method}",
+        "train=paper",
+        "task=[arc,gsm8k]",
+        "+mix.parts={gsm8k: {cap: 10}}",
+        "budget.size=lora_r64",
+    )
     files.write_yaml(tmp_path / "config.yaml", cfg.to_dict())
     again = housekeeping.config(tmp_path)
     assert again.to_dict() == cfg.to_dict() and run_hash(again) == run_hash(cfg)
@@ -51,7 +65,11 @@ def test_config_yaml_is_the_whole_config(method, tmp_path):
 def test_ls(runs_dir, capsys):
     assert ended("ls", runs_dir) == 0
     out = capsys.readouterr().out
-    assert "arc_easy-molora-random_tiny-s0" in out and "arc_easy-molora-random_tiny-s1" in out and "2 runs" in out
+    assert (
+        "arc_easy-molora-random_tiny-s0" in out
+        and "arc_easy-molora-random_tiny-s1" in out
+        and "2 runs" in out
+    )
     assert ended("ls", runs_dir, "--where", "seed == 1") == 0
     out = capsys.readouterr().out
     assert "-s0-" not in out and "1 runs" in out
@@ -60,7 +78,12 @@ def test_ls(runs_dir, capsys):
 def test_show(runs_dir, capsys):
     assert ended("show", "arc_easy-molora-random_tiny-s1", "--runs", runs_dir) == 0
     out = capsys.readouterr().out
-    assert "molora on random_tiny" in out and "state       finished" in out and "python run.py" in out and "disk" in out
+    assert (
+        "molora on random_tiny" in out
+        and "state       finished" in out
+        and "python run.py" in out
+        and "disk" in out
+    )
 
 
 def test_diff_names_what_differs_and_nothing_else(runs_dir, capsys):
@@ -135,12 +158,17 @@ def test_rerun_says_what_is_not_equal(runs_dir, capsys):
     assert "environment: python: 2.7 |" in out and "train/loss_task:" in out and "1 differences" in out
 
 
-@pytest.mark.parametrize(("keep", "adapter", "checkpoints"), [("adapter", True, False), ("all", True, True), ("none", False, False)])
+@pytest.mark.parametrize(
+    ("keep", "adapter", "checkpoints"),
+    [("adapter", True, False), ("all", True, True), ("none", False, False)],
+)
 def test_what_is_kept(keep, adapter, checkpoints, tmp_path):
     cfg = made(tmp_path, "method=lora", f"keep={keep}", "probe.times=0")
     folder = experiment.run(cfg).folder
     assert (folder / "adapter").exists() == adapter and any(folder.glob("checkpoints/*")) == checkpoints
-    assert run_hash(cfg) == run_hash(dataclasses.replace(cfg, keep="adapter")), "what is kept changes no result"
+    assert run_hash(cfg) == run_hash(dataclasses.replace(cfg, keep="adapter")), (
+        "what is kept changes no result"
+    )
 
 
 def test_a_config_of_another_version_is_refused(tmp_path):

@@ -1,7 +1,9 @@
-"""kill -9 at random moments of a study: nothing is lost, nothing done twice, no half-written file is read as whole.
+"""kill -9 at random moments of a study: nothing is lost, nothing done twice, no half-written file is read as
+whole.
 
-In CI a few kills; `MOABENCH_KILLS=100 python -m pytest tests/benchmarks/test_kills.py` makes more, and with `MOABENCH_STUDY=large
-MOABENCH_KILLS=2` the study is one of 8 methods x 2 tasks x 3 seeds in the built-in world, on two joblib workers.
+In CI a few kills; `MOABENCH_KILLS=100 python -m pytest tests/benchmarks/test_kills.py` makes more, and with
+`MOABENCH_STUDY=large MOABENCH_KILLS=2` the study is one of 8 methods x 2 tasks x 3 seeds in the built-in
+world, on two joblib workers.
 """
 
 import itertools
@@ -23,17 +25,32 @@ from moabench.benchmarks.runs import find
 
 KILLS = int(os.environ.get("MOABENCH_KILLS", 4))
 COMMON = [
-    "task=arc_easy", "data.eval_limit=8", "data.train_limit=64", "train.batch_size=4", "forgetting=none", "logger=none", "device=cpu",
+    "task=arc_easy", "data.eval_limit=8", "data.train_limit=64", "train.batch_size=4", "forgetting=none",
+    "logger=none", "device=cpu",
     "quiet=true", "threads=1", "probe.times=2", "keep=adapter",
 ]  # fmt: skip
 STUDIES = {
-    "small": ["method=lora,moa_sparse", "seed=0,1", "model=random_tiny", *COMMON, "train.steps=60", "train.save_every=5"],
+    "small": [
+        "method=lora,moa_sparse",
+        "seed=0,1",
+        "model=random_tiny",
+        *COMMON,
+        "train.steps=60",
+        "train.save_every=5",
+    ],
     "large": [
-        "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "method=none,lora,molora,moe_lora_topk,adamole,mixlora,moa_soft,moa_sparse",
-        *COMMON, "task=arc_easy,arc_challenge", "seed=0,1,2", "data.train_limit=null", "data.eval_limit=100", "train.steps=60",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "method=none,lora,molora,moe_lora_topk,adamole,mixlora,moa_soft,moa_sparse",
+        *COMMON,
+        "task=arc_easy,arc_challenge",
+        "seed=0,1,2",
+        "data.train_limit=null",
+        "data.eval_limit=100",
+        "train.steps=60",
         "train.save_every=20",
     ],
-}  # fmt: skip
+}
 NAME = os.environ.get("MOABENCH_STUDY", "small")
 STUDY, RUNS = ["-m", *STUDIES[NAME]], {"small": 4, "large": 48}[NAME]
 
@@ -52,14 +69,23 @@ def readable(folder) -> None:
 def study(cwd) -> subprocess.CompletedProcess:
     """The study, undisturbed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(REPOSITORY / "run.py"), *STUDY], cwd=cwd, env=environment, stderr=subprocess.DEVNULL)
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "run.py"), *STUDY],
+        cwd=cwd,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def killed_after(seconds: float, cwd) -> bool:
     """Starts the study and kills it; False if it was done before."""
     command = [sys.executable, str(REPOSITORY / "run.py"), *STUDY]
     process = subprocess.Popen(
-        command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         process.wait(timeout=seconds)
@@ -71,8 +97,8 @@ def killed_after(seconds: float, cwd) -> bool:
 
 
 def disturbed(folder, whole: float, chance: random.Random, most: int) -> int:
-    """Starts the study in `folder` again and again and kills it at moments within the `whole` seconds that it takes, at least once in
-    the middle of a run and at most about `most` times; how often."""
+    """Starts the study in `folder` again and again and kills it at moments within the `whole` seconds that it
+    takes, at least once in the middle of a run and at most about `most` times; how often."""
     finished, kills, hit = {}, 0, False
     while (kills < most or not hit) and len(finished) < RUNS:
         kills += killed_after(chance.uniform(0.1, 0.8) * whole, folder)
@@ -99,14 +125,19 @@ def test_a_study_survives_being_killed_at_any_moment(tmp_path):
         often = tmp_path / f"often{attempt}"
         often.mkdir()
         more = disturbed(often, whole, chance, KILLS - kills)
-        kills, whole = kills + more, whole if more else 0.7 * whole  # the machine may have been slower in the beginning
+        kills, whole = (
+            kills + more,
+            whole if more else 0.7 * whole,
+        )  # the machine may have been slower in the beginning
         assert study(often).returncode == 0
         ours = find(often / "runs")
         assert [path.name for path in ours] == [path.name for path in theirs]
         for a, b in zip(theirs, ours, strict=True):
             assert read_json(b / "status.json")["state"] == "finished"
             assert list(unequal(a, b)) == []
-            assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir()), "something was left over"
+            assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir()), (
+                "something was left over"
+            )
         print(f"{kills} kills")
         if kills >= KILLS:
             return

@@ -1,4 +1,5 @@
-"""Sweeps through Hydra's launchers: the same results, failures that are seen. A search by Optuna: for accuracy, on held-out rows.
+"""Sweeps through Hydra's launchers: the same results, failures that are seen. A search by Optuna: for
+accuracy, on held-out rows.
 
 Run: python -m pytest tests/benchmarks/test_launchers.py
 """
@@ -17,10 +18,15 @@ from moabench.benchmarks.runs import find
 from moabench.methods.spec import ConfigError
 
 SWEEP = [
-    "method=lora,molora", "seed=0,1", "model=random_tiny", "task=arc_easy", "train=smoke", "data.eval_limit=8",
+    "method=lora,molora", "seed=0,1", "model=random_tiny", "task=arc_easy", "train=smoke",
+    "data.eval_limit=8",
     "data.train_limit=32", "forgetting=none", "logger=none", "device=cpu", "quiet=true", "threads=1",
 ]  # fmt: skip
-PLUGINS = {"workers": "hydra_joblib_launcher", "submitit_local": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}
+PLUGINS = {
+    "workers": "hydra_joblib_launcher",
+    "submitit_local": "hydra_submitit_launcher",
+    "ray": "hydra_ray_launcher",
+}
 SHIPPED = sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))
 
 
@@ -35,7 +41,10 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("launcher", PLUGINS)
 def test_a_launcher_changes_no_result(launcher, alone, tmp_path):
-    if importlib.util.find_spec("hydra_plugins") is None or importlib.util.find_spec(f"hydra_plugins.{PLUGINS[launcher]}") is None:
+    if (
+        importlib.util.find_spec("hydra_plugins") is None
+        or importlib.util.find_spec(f"hydra_plugins.{PLUGINS[launcher]}") is None
+    ):
         pytest.skip(f"{PLUGINS[launcher]} is not installed")
     done = moabench("-m", f"hydra/launcher={launcher}", *SWEEP, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -50,7 +59,10 @@ def test_a_failure_in_a_worker_is_seen_and_the_sweep_goes_on(tmp_path):
     words += ["method=lora", "train.lr=1e30,1e-3", "train.max_grad_norm=0"]
     done = moabench("-m", "hydra/launcher=workers", *words, cwd=tmp_path)
     assert done.returncode == 1 and "not finite" in done.stderr
-    assert sorted(read_json(path / "status.json")["state"] for path in find(tmp_path / "runs")) == ["failed", "finished"]
+    assert sorted(read_json(path / "status.json")["state"] for path in find(tmp_path / "runs")) == [
+        "failed",
+        "finished",
+    ]
 
 
 def test_a_sweep_passes_over_what_failed_until_told(tmp_path):
@@ -58,7 +70,11 @@ def test_a_sweep_passes_over_what_failed_until_told(tmp_path):
     sweep = ["-m", *words, "method=lora", "probe.times=0", "train.max_grad_norm=0", "train.lr=1e30"]
     assert moabench(*sweep, cwd=tmp_path).returncode == 1
     again = moabench(*sweep, cwd=tmp_path)
-    assert again.returncode == 1 and "failed before and is passed over (RunError:" in again.stderr and "retry=true" in again.stderr
+    assert (
+        again.returncode == 1
+        and "failed before and is passed over (RunError:" in again.stderr
+        and "retry=true" in again.stderr
+    )
     (failed,) = find(tmp_path / "runs")
     assert read_json(failed / "status.json")["attempt"] == 1
     assert moabench(*sweep, "retry=true", cwd=tmp_path).returncode == 1
@@ -75,7 +91,8 @@ def test_a_shipped_launcher_composes_or_says_what_is_missing(name, tmp_path):
 
 
 SEARCH = [
-    "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=5", "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=0",
+    "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=5", "hydra/sweeper/sampler=random",
+    "hydra.sweeper.sampler.seed=0",
     "train.lr=choice(1e-2,1e30)", "train.max_grad_norm=0", "method=lora", "probe.times=0",
     *(word for word in SWEEP if not word.startswith(("method", "seed"))),
 ]  # fmt: skip
@@ -85,7 +102,10 @@ def test_a_search_finds_the_most_accurate_and_passes_over_failures(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     done = moabench(*SEARCH, "data.held_out=true", cwd=tmp_path)
     assert done.returncode == 1 and "not numbers" in done.stderr, "a failed trial shows in the exit code"
-    states = {yaml.safe_load((p / "config.yaml").read_text())["train"]["lr"]: read_json(p / "status.json") for p in find(tmp_path / "runs")}
+    states = {
+        yaml.safe_load((p / "config.yaml").read_text())["train"]["lr"]: read_json(p / "status.json")
+        for p in find(tmp_path / "runs")
+    }
     assert {rate: status["state"] for rate, status in states.items()} == {1e-2: "finished", 1e30: "failed"}
     assert "best: train.lr=0.01 " in done.stdout and "% on the held-out rows" in done.stdout
 
@@ -95,4 +115,7 @@ def test_a_search_on_the_reported_rows_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"expected data\.held_out=true too"):
         overrides.prepare(SEARCH)
     prepared = overrides.prepare([*SEARCH, "data.held_out=true", "hydra.sweeper.max_failure_rate=0.2"])
-    assert prepared[-1] == "hydra.sweeper.direction=maximize" and "hydra.sweeper.max_failure_rate=1.0" not in prepared
+    assert (
+        prepared[-1] == "hydra.sweeper.direction=maximize"
+        and "hydra.sweeper.max_failure_rate=1.0" not in prepared
+    )

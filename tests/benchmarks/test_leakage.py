@@ -1,4 +1,5 @@
-"""Leakage: against the overlap tables of ../shared/datasets/README.md, against brute force, and on small rows of every kind.
+"""Leakage: against the overlap tables of ../shared/datasets/README.md, against brute force, and on small rows
+of every kind.
 
 pytest tests/benchmarks/test_leakage.py
 """
@@ -38,7 +39,8 @@ TAKEN_OUT = [  # train_overlap file, evaluation file, rows documented, rows we f
     ("mawps", "asdiv/test", 248, 248),
     ("mawps", "mawps/validation", 44, 44),
     ("mawps", "mawps/test", 28, 28),
-    # More than documented: that table was made with blanks kept ("did n't" was not "didn't") and 4.80 not equal to 4.8.
+    # More than documented: that table was made with blanks kept ("did n't" was not "didn't") and 4.80 not
+    # equal to 4.8.
     ("mawps_asdiv_a", "asdiv/test", 1343, 1349),
     ("mawps_asdiv_a", "multiarith/test", 596, 611),
     ("mawps_asdiv_a", "singleeq/test", 533, 533),
@@ -89,15 +91,35 @@ def test_what_was_left_in_is_found(datasets_folder, train, evaluation, kind, doc
 
 @pytest.mark.parametrize("train", ["arc_challenge", "gsm8k"])
 def test_sets_documented_as_clean_have_no_exact_match(datasets_folder, train):
-    for evaluation in ("arc_challenge/test", "arc_easy/test", "openbookqa/test", "gsm8k/test", "svamp/test", "asdiv/test"):
+    for evaluation in (
+        "arc_challenge/test",
+        "arc_easy/test",
+        "openbookqa/test",
+        "gsm8k/test",
+        "svamp/test",
+        "asdiv/test",
+    ):
         assert not found(datasets_folder, f"{train}/train", evaluation)["exact"]
 
 
 def test_near_duplicates_on_real_files(datasets_folder):
-    near = {task: found(datasets_folder, f"{task}/train", f"{task}/{split}", near=True)["near"] for task, split in [
-        ("arc_easy", "test"), ("openbookqa", "test"), ("boolq", "validation"), ("mawps", "test"), ("winogrande", "validation"),
-    ]}  # fmt: skip
-    assert near == {"arc_easy": 6, "openbookqa": 2, "boolq": 82, "mawps": 2, "winogrande": 0}  # samples of each looked at
+    near = {
+        task: found(datasets_folder, f"{task}/train", f"{task}/{split}", near=True)["near"]
+        for task, split in [
+            ("arc_easy", "test"),
+            ("openbookqa", "test"),
+            ("boolq", "validation"),
+            ("mawps", "test"),
+            ("winogrande", "validation"),
+        ]
+    }
+    assert near == {
+        "arc_easy": 6,
+        "openbookqa": 2,
+        "boolq": 82,
+        "mawps": 2,
+        "winogrande": 0,
+    }  # samples of each looked at
 
 
 # ---- one rule at a time
@@ -135,7 +157,9 @@ def test_normalisation_keeps_apart_what_differs():
 
 def test_exact_and_question():
     sky = choice("What colour is the sky?")
-    assert kinds(choice("what COLOUR is the sky", ["green", "red.", "Blue"]), sky) == ["exact"]  # order of the choices is nothing
+    assert kinds(choice("what COLOUR is the sky", ["green", "red.", "Blue"]), sky) == [
+        "exact"
+    ]  # order of the choices is nothing
     assert kinds(choice("what colour is the sky", ["green", "red", "black"]), sky) == ["question"]
     assert kinds(choice("what colour is the sky", context="At night."), sky, near=False) == []
     assert kinds(choice("is it +", ["+", "-"]), choice("is it +", ["+", "="])) == ["question"]
@@ -146,25 +170,39 @@ def test_free_answers_match_by_the_question():
     assert kinds(problem("tom has three apples , and eats 2 . how many are left ?"), apples) == ["exact"]
     assert kinds(problem("Tom has 9 apples and eats 5. How many are left?"), apples) == ["numbers"]
     # What it is called does not matter, the numbers do.
-    longer = "Tom went to the big market on Monday morning. He has {} apples and eats {}. How many{} apples are left?"
+    longer = (
+        "Tom went to the big market on Monday morning. He has {} apples and eats {}. How many{} "
+        "apples are left?"
+    )
     assert kinds(problem(longer.format(3, 2, " of the")), problem(longer.format(3, 2, ""))) == ["near"]
     assert kinds(problem(longer.format(3, 4, " of the")), problem(longer.format(3, 2, ""))) == []
     options = {"choices": ["1", "2"], "label": 0}
-    assert kinds(problem("Is 7 more than 5?", **options), problem("is 7 more than 5", choices=["4", "9"], label=0)) == ["exact"]
+    assert kinds(
+        problem("Is 7 more than 5?", **options), problem("is 7 more than 5", choices=["4", "9"], label=0)
+    ) == ["exact"]
 
 
 SAME = [
     ("is a cougar and a mountain lion the same thing", "are a cougar and a mountain lion the same"),
-    ("If a lake is polluted, which organism would be harmed most?", "If a lake is polluted, which organisms would be harmed most?"),
+    (
+        "If a lake is polluted, which organism would be harmed most?",
+        "If a lake is polluted, which organisms would be harmed most?",
+    ),
     ("do dairy cows have to be pregnant to produce milk", "do cows have to be pregnant to produce milk"),
 ]
 OTHER = [
     ("is there going to be a new season of rake", "is there going to be a new season of fargo"),
     ("can i turn right on a red light in canada", "can i turn right on a red light in quebec"),
     ("is there going to be a season 4 of the strain", "is there going to be a season 5 of the strain"),
-    ("do dairy cows have to be pregnant to produce milk", "do dairy cows not have to be pregnant to produce milk"),
+    (
+        "do dairy cows have to be pregnant to produce milk",
+        "do dairy cows not have to be pregnant to produce milk",
+    ),
     ("Where are the most reactive metals in the table?", "Where are the most reactive gases in the table?"),
-    ("What colour is the old bruve of the hill?", "What colour is the old bramd of the hill?"),  # a template of the built-in world
+    (
+        "What colour is the old bruve of the hill?",
+        "What colour is the old bramd of the hill?",
+    ),  # a template of the built-in world
 ]
 
 
@@ -208,26 +246,45 @@ def instruction(text, id="i"):
 
 def test_instructions_hold_questions():
     sky = choice("What colour has the sky?")
-    ask = "Please choose the correct answer to the question: {}\n\nAnswer1: {} Answer2: {} Answer3: {}\n\nAnswer format: answer1/answer2"
-    assert kinds(instruction(ask.format("what colour has the sky?", "green", "Red", "blue")), sky) == ["exact"]
-    assert kinds(instruction(ask.format("what colour has the sky?", "green", "Red", "black")), sky) == ["question"]
+    ask = (
+        "Please choose the correct answer to the question: {}\n\nAnswer1: {} Answer2: {} Answer3: "
+        "{}\n\nAnswer format: answer1/answer2"
+    )
+    assert kinds(instruction(ask.format("what colour has the sky?", "green", "Red", "blue")), sky) == [
+        "exact"
+    ]
+    assert kinds(instruction(ask.format("what colour has the sky?", "green", "Red", "black")), sky) == [
+        "question"
+    ]
     assert kinds(instruction(ask.format("what colour has the sea?", "green", "red", "blue")), sky) == []
-    assert kinds(instruction(ask.format("what colour, then, has the clear sky?", "green", "red", "blue")), sky) == []
+    assert (
+        kinds(instruction(ask.format("what colour, then, has the clear sky?", "green", "red", "blue")), sky)
+        == []
+    )
     short = choice("sky", ["to fly", "to swim"])
-    assert kinds(instruction(ask.format("what colour has it?", "the", "sky", "sea")), short) == []  # an option is not a question
+    assert (
+        kinds(instruction(ask.format("what colour has it?", "the", "sky", "sea")), short) == []
+    )  # an option is not a question
     assert kinds(
-        instruction("Tom has 3 apples.\nHe eats 2. How many are left?"), problem("Tom has 3 apples. He eats two. How many are left?")
+        instruction("Tom has 3 apples.\nHe eats 2. How many are left?"),
+        problem("Tom has 3 apples. He eats two. How many are left?"),
     ) == ["exact"]
     assert kinds(
-        instruction("Tom has 4 apples. He eats 2. How many are left?"), problem("Tom has 3 apples. He eats two. How many are left?")
+        instruction("Tom has 4 apples. He eats 2. How many are left?"),
+        problem("Tom has 3 apples. He eats two. How many are left?"),
     ) == ["numbers"]
 
 
 def test_instructions_made_of_test_questions_are_found(datasets_folder):
     """What the MoA repository's math validation file is made of, and its neighbours from the train split."""
-    test, train = load(datasets_folder / "gsm8k/test.jsonl"), load(datasets_folder / "gsm8k/train.jsonl")[:1000]
+    test, train = (
+        load(datasets_folder / "gsm8k/test.jsonl"),
+        load(datasets_folder / "gsm8k/train.jsonl")[:1000],
+    )
     rows = [instruction(row["question"] + "\n", row["id"]) for row in (*test[:486], *train)]
-    evaluation = [row for task in ("gsm8k", "svamp", "singleeq") for row in load(datasets_folder / task / "test.jsonl")]
+    evaluation = [
+        row for task in ("gsm8k", "svamp", "singleeq") for row in load(datasets_folder / task / "test.jsonl")
+    ]
     report = leakage.check(rows, evaluation)
     assert report.leaked == set(range(486))
     assert Counter(m.kind for m in report.matches if m.kind != "numbers") == {"exact": 486}
@@ -241,12 +298,21 @@ def test_commonsense_instructions_are_found_with_shuffled_choices(datasets_folde
         evaluation += some
         for row in some[::5]:
             stem = " ".join(filter(None, [row.get("context"), row["question"]]))
-            options = " ".join(f"Answer{i + 1}: {text}" for i, text in enumerate(rng.sample(row["choices"], len(row["choices"]))))
+            options = " ".join(
+                f"Answer{i + 1}: {text}"
+                for i, text in enumerate(rng.sample(row["choices"], len(row["choices"])))
+            )
             rows.append(
-                instruction(f"Please choose the correct answer to the question: {stem}\n\n{options}\n\nAnswer format: x", row["id"])
+                instruction(
+                    f"Please choose the correct answer to the question: {stem}\n\n{options}\n\nAnswer "
+                    "format: x",
+                    row["id"],
+                )
             )
     report = leakage.check(rows, evaluation)
-    assert {m.train for m in report.matches if m.kind == "exact" and m.train_id == m.eval_id} == set(range(180))
+    assert {m.train for m in report.matches if m.kind == "exact" and m.train_id == m.eval_id} == set(
+        range(180)
+    )
 
 
 # ---- what is done about it
@@ -257,7 +323,11 @@ TRAIN = [
     problem("Tom has 4 dogs. And cats?", id="c"),
     choice("Who?", id="d"),
 ]
-EVAL = [choice("What colour is the sky?", id="e"), choice("Who?", ["x", "y"], id="f"), problem("Tom has 5 dogs. And cats?", id="g")]
+EVAL = [
+    choice("What colour is the sky?", id="e"),
+    choice("Who?", ["x", "y"], id="f"),
+    problem("Tom has 5 dogs. And cats?", id="g"),
+]
 
 
 def test_modes():
@@ -265,14 +335,18 @@ def test_modes():
     assert [row["id"] for row in leakage.apply(report, TRAIN, "drop")] == ["a", "c"]
     assert leakage.apply(report, TRAIN, "mark") == TRAIN
     with pytest.raises(
-        ConfigError, match=r"leakage=refuse: 2 of 4 training rows.*arc_easy in arc_easy: 1 exact, 1 question.*First: b = e \(exact: 'What"
+        ConfigError,
+        match=r"leakage=refuse: 2 of 4 training rows.*arc_easy in arc_easy: 1 exact, 1 question.*First: b "
+        r"= e \(exact: 'What",
     ):
         leakage.apply(report, TRAIN, "refuse")
     with pytest.raises(ConfigError, match=r"leakage='dorp'.*Did you mean 'drop'"):
         leakage.apply(report, TRAIN, "dorp")
     with pytest.raises(ConfigError, match="nothing is left to train on"):
         leakage.apply(leakage.check(TRAIN[1:2], EVAL), TRAIN[1:2], "drop")
-    assert leakage.apply(leakage.check(TRAIN[2:3], EVAL), TRAIN[2:3], "refuse") == TRAIN[2:3]  # other numbers are another question
+    assert (
+        leakage.apply(leakage.check(TRAIN[2:3], EVAL), TRAIN[2:3], "refuse") == TRAIN[2:3]
+    )  # other numbers are another question
 
 
 def test_rows_taken_twice_leave_twice():
@@ -287,8 +361,24 @@ def test_record_is_plain_and_complete():
     assert json.loads(json.dumps(record)) == record
     assert (record["train_rows"], record["eval_rows"], record["leaked"], record["removed"]) == (4, 3, 2, 2)
     assert record["pairs"] == [
-        {"train_task": "arc_easy", "eval_task": "arc_easy", "exact": 1, "question": 1, "near": 0, "numbers": 0, "eval_rows": 2},
-        {"train_task": "gsm8k", "eval_task": "gsm8k", "exact": 0, "question": 0, "near": 0, "numbers": 1, "eval_rows": 0},
+        {
+            "train_task": "arc_easy",
+            "eval_task": "arc_easy",
+            "exact": 1,
+            "question": 1,
+            "near": 0,
+            "numbers": 0,
+            "eval_rows": 2,
+        },
+        {
+            "train_task": "gsm8k",
+            "eval_task": "gsm8k",
+            "exact": 0,
+            "question": 0,
+            "near": 0,
+            "numbers": 1,
+            "eval_rows": 0,
+        },
     ]
     assert [(m["train_id"], m["eval_id"], m["kind"]) for m in record["matches"]] == [
         ("b", "e", "exact"),

@@ -1,4 +1,5 @@
-"""W&B without a network: what its file holds is what our files hold. The file is read with a reader of its own, record by record."""
+"""W&B without a network: what its file holds is what our files hold. The file is read with a reader of its
+own, record by record."""
 
 import json
 import os
@@ -18,11 +19,14 @@ from moabench.benchmarks.config import CONF, RunConfig
 
 def config(*overrides: str) -> RunConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return RunConfig.from_composed(OmegaConf.to_container(compose("config", list(overrides)), resolve=True))
+        return RunConfig.from_composed(
+            OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+        )
 
 
 def records(folder: Path) -> list:
-    """The records of the one offline run in `folder`, all of them: W&B's own process may still be writing when `finish` returns."""
+    """The records of the one offline run in `folder`, all of them: W&B's own process may still be writing
+    when `finish` returns."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
@@ -58,7 +62,12 @@ def values(items) -> dict:
 
 
 def summary(found: list) -> dict:
-    return {k: v for record in found if record.WhichOneof("record_type") == "summary" for k, v in values(record.summary.update).items()}
+    return {
+        k: v
+        for record in found
+        if record.WhichOneof("record_type") == "summary"
+        for k, v in values(record.summary.update).items()
+    }
 
 
 def history(found: list) -> list[dict]:
@@ -73,7 +82,10 @@ def no_key(monkeypatch):
 
 def test_the_offline_run_equals_our_record(tmp_path):
     metrics = {"eval/arc_easy@builtin/acc": 0.5, "params/trainable": 12, "load/max_vio": 0.25}
-    rows = [{"step": 10, "loss/task": 1.5, "load/max_vio": 0.5, "note": "text"}, {"step": 20, "loss/task": 1.25, "load/max_vio": 0.75}]
+    rows = [
+        {"step": 10, "loss/task": 1.5, "load/max_vio": 0.5, "note": "text"},
+        {"step": 20, "loss/task": 1.25, "load/max_vio": 0.75},
+    ]
     logger = loggers.start(config("seed=3"), tmp_path, "ab" * 32)
     logger.log(10, rows[0])
     logger.log_history(rows)
@@ -83,7 +95,9 @@ def test_the_offline_run_equals_our_record(tmp_path):
     assert (run.run_group, run.job_type) == (loggers.study(config()), "moa_sparse")
     assert (set(run.tags), run.run_id) == ({"arc", "tiny", "builtin"}, "ab" * 8)
     assert os.uname().nodename != run.host
-    kept = {item.key: json.loads(item.value_json) for item in run.config.update if not item.key.startswith("_")}
+    kept = {
+        item.key: json.loads(item.value_json) for item in run.config.update if not item.key.startswith("_")
+    }
     assert kept == config("seed=3").to_dict()
     assert history(found) == [{k: v for k, v in row.items() if k != "note"} for row in rows], "each step once"
     assert summary(found) == metrics
@@ -93,22 +107,46 @@ def test_a_study_is_what_may_be_compared():
     """Method, seed and settings of the machine make no other group; recipe, data and protocol do."""
     group = loggers.study(config())
     assert group.startswith("arc-tiny-")
-    assert group == loggers.study(config("method=lora", "seed=4", "threads=1", "quiet=true", "logger.project=other"))
-    assert len({group, *(loggers.study(config(word)) for word in ("train.steps=7", "data.eval_limit=7", "protocol=label"))}) == 4
+    assert group == loggers.study(
+        config("method=lora", "seed=4", "threads=1", "quiet=true", "logger.project=other")
+    )
+    assert (
+        len(
+            {
+                group,
+                *(
+                    loggers.study(config(word))
+                    for word in ("train.steps=7", "data.eval_limit=7", "protocol=label")
+                ),
+            }
+        )
+        == 4
+    )
 
 
 def test_what_has_a_value_an_expert_is_one_table_and_no_summary(tmp_path):
-    rows = [{"split": split, "task": "t", "skill": skill, "site": "s", "index": i, "share": 0.5} for split in ("train", "test")
-            for skill in (None, "a") for i in (0, 1)]  # fmt: skip
+    rows = [
+        {"split": split, "task": "t", "skill": skill, "site": "s", "index": i, "share": 0.5}
+        for split in ("train", "test")
+        for skill in (None, "a")
+        for i in (0, 1)
+    ]
     files.write_parquet(tmp_path / "routing.parquet", rows)
-    files.write_parquet(tmp_path / "matrices.parquet", [{"step": step, "name": "n", "i": 0, "j": 1, "value": 0.5} for step in (0, 9)])
+    files.write_parquet(
+        tmp_path / "matrices.parquet",
+        [{"step": step, "name": "n", "i": 0, "j": 1, "value": 0.5} for step in (0, 9)],
+    )
     logger = loggers.start(config(), tmp_path, "ab" * 32)
     logger.log(9, {"loss/task": 1.0})
     logger.finish({"a": 1})
     found = records(tmp_path)
     assert summary(found) == {"a": 1}
-    tables = {name: json.loads(next(tmp_path.glob(f"wandb/offline-run-*/files/media/table/tables/{name}_*.json")).read_text())
-              for name in ("routing", "matrices")}  # fmt: skip
+    tables = {
+        name: json.loads(
+            next(tmp_path.glob(f"wandb/offline-run-*/files/media/table/tables/{name}_*.json")).read_text()
+        )
+        for name in ("routing", "matrices")
+    }
     assert [len(table["data"]) for table in tables.values()] == [2, 1]
     assert tables["routing"]["columns"] == ["split", "task", "site", "index", "share"]
 
@@ -116,7 +154,9 @@ def test_what_has_a_value_an_expert_is_one_table_and_no_summary(tmp_path):
 def test_several_runs_in_one_process_stay_apart(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        logger = loggers.start(config(f"method={'lora' if name == 'a' else 'molora'}"), tmp_path / name, name * 64)
+        logger = loggers.start(
+            config(f"method={'lora' if name == 'a' else 'molora'}"), tmp_path / name, name * 64
+        )
         logger.log_history([{"step": 1, "loss/task": 1.0}])
         logger.finish({"name": name})
     for name in ("a", "b"):

@@ -1,4 +1,5 @@
-"""What `moabench memory` says against measured peaks: of the CPU allocator's own record (torch's profiler), and on a GPU of CUDA's.
+"""What `moabench memory` says against measured peaks: of the CPU allocator's own record (torch's profiler),
+and on a GPU of CUDA's.
 
 Run: python -m pytest tests/benchmarks/test_memory.py
 """
@@ -13,7 +14,12 @@ from moabench.benchmarks import memory
 from moabench.methods import catalog
 
 SMALL = LlamaConfig(
-    vocab_size=1000, hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=1000,
+    hidden_size=128,
+    intermediate_size=344,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
 )
 BATCH, LENGTH = 4, 96
 
@@ -27,13 +33,18 @@ def model(name: str, device: str, checkpointing: bool = False) -> torch.nn.Modul
 
 
 def measured(net: torch.nn.Module) -> int:
-    """Peak of what a step allocates, gradients included: the allocator's record of every block that came and went."""
+    """Peak of what a step allocates, gradients included: the allocator's record of every block that came and
+    went."""
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     memory.step(net, ids)
     net.zero_grad(set_to_none=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         memory.step(net, ids)
-    events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    events = sorted(
+        (e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
+    )
     now = most = 0
     for _, size in events:
         now += size
@@ -71,7 +82,12 @@ def test_sharding_divides_what_is_frozen_and_gathers_two_layers():
     assert half.gathered == (outside + 2 * layer) / 2
 
 
-PARAMETERS = {"llama3.2_1b": 1_235_814_400, "llama3.2_3b": 3_212_749_824, "llama3.1_8b": 8_030_261_248, "qwen3_14b": 14_768_307_200}
+PARAMETERS = {
+    "llama3.2_1b": 1_235_814_400,
+    "llama3.2_3b": 3_212_749_824,
+    "llama3.1_8b": 8_030_261_248,
+    "qwen3_14b": 14_768_307_200,
+}
 
 
 @pytest.mark.parametrize("name", memory.SIZES)
@@ -83,7 +99,10 @@ def test_the_command_says_what_a_config_needs(tmp_path):
     done = moabench("memory", "method=moa_soft", "train.max_length=64", "train.batch_size=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "moa_soft on tiny (float32), a step of 2 x 64 tokens" in done.stdout and "together" in done.stdout
-    for wrong, message in (("moa_sof", "Did you mean 'moa_soft'?"), ("none", "expected a method that trains")):
+    for wrong, message in (
+        ("moa_sof", "Did you mean 'moa_soft'?"),
+        ("none", "expected a method that trains"),
+    ):
         done = moabench("memory", f"method={wrong}", cwd=tmp_path)
         assert done.returncode == 2 and message in done.stderr
 

@@ -1,5 +1,6 @@
-"""The meter against counts by hand and against the measures of all tokens at once: padding, variable numbers of experts, batches of
-unequal length, sequence routers, soft mixtures, several processes, checkpoints of older versions.
+"""The meter against counts by hand and against the measures of all tokens at once: padding, variable numbers
+of experts, batches of unequal length, sequence routers, soft mixtures, several processes, checkpoints of
+older versions.
 
 pytest tests/benchmarks/test_meter.py
 """
@@ -17,7 +18,9 @@ from moabench.methods import Routing
 
 
 def routing(weights, chosen=None, mask=None, **kwargs):
-    return Routing(torch.as_tensor(weights), None if chosen is None else torch.as_tensor(chosen), mask=mask, **kwargs)
+    return Routing(
+        torch.as_tensor(weights), None if chosen is None else torch.as_tensor(chosen), mask=mask, **kwargs
+    )
 
 
 def test_the_meter_counts_real_tokens_only():
@@ -51,7 +54,9 @@ def test_the_meter_sums_before_it_divides_and_merging_is_counting_on():
     measures, expected = readings.measures(one), readings.measures(whole)
     for key in expected.keys() - {"load/max_vio_batch", "load/max_vio_batch_worst"}:
         assert measures[key] == pytest.approx(expected[key], rel=1e-6), key
-    assert measures["load/max_vio_batch"] > expected["load/max_vio"]  # small batches are less balanced than their union
+    assert (
+        measures["load/max_vio_batch"] > expected["load/max_vio"]
+    )  # small batches are less balanced than their union
     restored = Meter.from_state(one.state())
     assert readings.rows(restored, "a", "b") == readings.rows(one, "a", "b")
 
@@ -64,11 +69,14 @@ def test_no_gradient_reaches_the_meter():
 
 
 def test_a_router_that_decides_once_a_sequence_is_counted_once_a_sequence():
-    """Two sequences of three tokens, the first padded on the left, the second on the right, and a third that is all padding."""
+    """Two sequences of three tokens, the first padded on the left, the second on the right, and a third that
+    is all padding."""
     gates = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
     mask = torch.tensor([[False, True, True], [True, False, False], [False, False, False]])
     meter = Meter()
-    meter.update({"s": routing(gates.repeat_interleave(3, 0), mask=mask.flatten(), granularity="sequence")}, (3, 3))
+    meter.update(
+        {"s": routing(gates.repeat_interleave(3, 0), mask=mask.flatten(), granularity="sequence")}, (3, 3)
+    )
     rows = readings.rows(meter, "test", "t")
     assert [row["mean_weight"] for row in rows] == pytest.approx([0.55, 0.45])
     assert {(row["tokens"], row["unit"]) for row in rows} == {(2, "sequence")}
@@ -98,7 +106,8 @@ def drawn(tokens, experts=4, k=None, seed=0, padded=True):
 
 @pytest.mark.parametrize("k", [None, 2])
 def test_streaming_agrees_with_all_tokens_at_once(k):
-    """Quantiles, margins, co-activation and scale, over batches of unequal length, against the measures of the joined real tokens."""
+    """Quantiles, margins, co-activation and scale, over batches of unequal length, against the measures of
+    the joined real tokens."""
     passes = [drawn(length, k=k, seed=length) for length in (30, 1200, 500)]
     meter = Meter(pairs=True)
     for r in passes:
@@ -108,7 +117,9 @@ def test_streaming_agrees_with_all_tokens_at_once(k):
     entropy = measure.router_entropy(probs)
     assert found["load/router_entropy"] == pytest.approx(entropy.mean().item(), rel=1e-5)
     for q in (0.1, 0.9):
-        assert found[f"routing/entropy_q{100 * q:.0f}"] == pytest.approx(entropy.quantile(q).item(), abs=1 / 64)
+        assert found[f"routing/entropy_q{100 * q:.0f}"] == pytest.approx(
+            entropy.quantile(q).item(), abs=1 / 64
+        )
     assert found["routing/logsumexp"] == pytest.approx(optimisation.logsumexp(logits).mean().item(), rel=1e-5)
     assert ("routing/coactivation" in found) == ("routing/margin_q10" in found) == bool(k)
     if k:
@@ -116,9 +127,13 @@ def test_streaming_agrees_with_all_tokens_at_once(k):
         assert found["routing/coactivation"] == pytest.approx(measure.coactivation_peak(counts).item())
         expected = measure.coactivation_excess(counts, torch.tensor(len(probs))).item()
         assert found["routing/coactivation_excess"] == pytest.approx(expected)
-        assert found["routing/margin_q10"] == pytest.approx(measure.margin(probs, k).quantile(0.1).item(), abs=1 / 64)
+        assert found["routing/margin_q10"] == pytest.approx(
+            measure.margin(probs, k).quantile(0.1).item(), abs=1 / 64
+        )
         rows = readings.coactivation(meter, step=3)
-        assert {(row["step"], row["site"], row["name"]) for row in rows} == {(3, "s", "coactivation")} and len(rows) == 16
+        assert {(row["step"], row["site"], row["name"]) for row in rows} == {
+            (3, "s", "coactivation")
+        } and len(rows) == 16
         assert rows[1]["value"] == pytest.approx((counts[0, 1] / counts[0, 0]).item())
     assert found.keys() - {f"{name}_worst" for name in found} <= measures.MEASURES.keys()
 
@@ -139,7 +154,10 @@ def test_sums_reach_the_host_by_one_copy(monkeypatch):
     tensors = meter.tensors()
     found = fetch(tensors)
     assert len(copies) == 1 and len(tensors) > 20
-    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, tensors, strict=True))
+    assert all(
+        torch.equal(one, other) and one.dtype == other.dtype
+        for one, other in zip(found, tensors, strict=True)
+    )
     assert readings.rows(meter.holding(found), "a", "b") == readings.rows(meter, "a", "b")
     assert fetch([]) == []
 
@@ -165,7 +183,9 @@ def test_counts_by_sequence_are_loops_over_sequences():
         torch.testing.assert_close(counts[b, 1], soft.weights[part][soft.mask[part]].sum(0))
     gates = torch.tensor([[0.9, 0.3], [0.2, 0.2]]).repeat_interleave(3, 0)
     once = Routing(gates, mask=torch.tensor([1, 1, 0, 1, 0, 0]).bool(), granularity="sequence")
-    torch.testing.assert_close(sequence_counts([once], (2, 3))[:, 0], torch.tensor([[0.75, 0.25], [0.5, 0.5]]))
+    torch.testing.assert_close(
+        sequence_counts([once], (2, 3))[:, 0], torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    )
 
 
 def test_specialisation_is_that_of_the_counts_by_sequence():
@@ -193,7 +213,9 @@ def test_specialisation_is_that_of_the_counts_by_sequence():
 def test_sequences_without_a_skill_are_left_out():
     chosen = torch.eye(2).bool()[torch.tensor([0, 1, 0, 1, 1, 1])]
     choices = readings.Choices()
-    choices.add({"a": Routing(chosen.float(), chosen)}, (6, 1), ["t", "u"] * 3, ["x", "y", "x", "y", None, None])
+    choices.add(
+        {"a": Routing(chosen.float(), chosen)}, (6, 1), ["t", "u"] * 3, ["x", "y", "x", "y", None, None]
+    )
     found = choices.measures()
     assert found["specialisation/skill_mi"] == pytest.approx(1)
     assert found["specialisation/task_mi"] < 1
@@ -203,7 +225,9 @@ def test_a_checkpoint_of_a_version_that_counted_less_still_loads():
     meter = Meter()
     meter.update({"s": drawn(50, k=2)}, (1, 50))
     state = [
-        entry | {"values": {k: v for k, v in entry["values"].items() if k not in ("entropy_bins", "logsumexp")}} for entry in meter.state()
+        entry
+        | {"values": {k: v for k, v in entry["values"].items() if k not in ("entropy_bins", "logsumexp")}}
+        for entry in meter.state()
     ]
     old, new = Meter.from_state(state), Meter()
     new.update({"s": drawn(70, k=2, seed=1)}, (1, 70))
@@ -214,7 +238,8 @@ def test_a_checkpoint_of_a_version_that_counted_less_still_loads():
 
 
 def _process(rank, folder, queue):
-    """One of two processes: two steps and a row, a checkpoint after a third step, then the row of steps three and four."""
+    """One of two processes: two steps and a row, a checkpoint after a third step, then the row of steps three
+    and four."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     tally = Tally()

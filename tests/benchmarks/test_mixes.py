@@ -1,4 +1,5 @@
-"""Mixes: every YAML, the real train splits, weights and caps, instruction files, and one error for whatever is wrong.
+"""Mixes: every YAML, the real train splits, weights and caps, instruction files, and one error for whatever
+is wrong.
 
 pytest tests/benchmarks/test_mixes.py
 """
@@ -32,10 +33,17 @@ def mix(**options):
 @pytest.fixture
 def local(tmp_path):
     """A folder with two tasks to train on and one without a train split."""
-    for task, splits in {"arc_easy": ("train", "test"), "arc_challenge": ("train",), "openbookqa": ("test",)}.items():
+    for task, splits in {
+        "arc_easy": ("train", "test"),
+        "arc_challenge": ("train",),
+        "openbookqa": ("test",),
+    }.items():
         (tmp_path / task).mkdir()
         for split in splits:
-            rows = [{"id": f"{task}-{i}", "question": f"{task} {i}?", "choices": ["a", "b"], "label": i % 2} for i in range(10)]
+            rows = [
+                {"id": f"{task}-{i}", "question": f"{task} {i}?", "choices": ["a", "b"], "label": i % 2}
+                for i in range(10)
+            ]
             (tmp_path / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return DataConfig("local", root=str(tmp_path))
 
@@ -47,7 +55,10 @@ def test_every_file_builds(path):
     if "file" not in content:
         assert shipped(path.stem).name == path.stem
         return
-    with pytest.raises(ConfigError, match=rf"mix: name='{path.stem}', file=null: expected mix.file=path/to/{path.stem}.json, or mix.hub"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"mix: name='{path.stem}', file=null: expected mix.file=path/to/{path.stem}.json, or mix.hub",
+    ):
         shipped(path.stem)
     assert shipped(path.stem, file="x.json").published.git_blob
     assert shipped(path.stem, hub={"path": "some/copy", "revision": "0" * 40}).hub.split == "train"
@@ -56,7 +67,15 @@ def test_every_file_builds(path):
 def test_local_mixes_have_the_documented_rows(datasets_folder):
     data = DataConfig("local", root=str(datasets_folder))
     rows, record = mixes.training_rows(shipped("commonsense_mix"), ["boolq"], data, 0)
-    taken = {"boolq": 9426, "piqa": 5599, "siqa": 33410, "winogrande": 10234, "arc_easy": 2248, "arc_challenge": 1119, "openbookqa": 4936}
+    taken = {
+        "boolq": 9426,
+        "piqa": 5599,
+        "siqa": 33410,
+        "winogrande": 10234,
+        "arc_easy": 2248,
+        "arc_challenge": 1119,
+        "openbookqa": 4936,
+    }
     assert Counter(row["task"] for row in rows) == taken
     assert {task: part["taken"] for task, part in record["parts"].items()} == taken
     assert record["without_train_split"] == ["hellaswag"]
@@ -74,18 +93,30 @@ def test_own_takes_the_evaluated_tasks_that_can_be_trained_on(local):
     assert record["rows"] == 10
     assert json.loads(json.dumps(record)) == record
     # parts adjust and add
-    _, record = mixes.training_rows(mix(own=True, parts={"arc_easy": {"cap": 3}, "arc_challenge": {}}), ("arc_easy",), local, 0)
-    assert {task: part["taken"] for task, part in record["parts"].items()} == {"arc_easy": 3, "arc_challenge": 10}
-    _, record = mixes.training_rows(mix(own=True, parts={"arc_easy": {"weight": 0}}), ("arc_easy", "arc_challenge"), local, 0)
+    _, record = mixes.training_rows(
+        mix(own=True, parts={"arc_easy": {"cap": 3}, "arc_challenge": {}}), ("arc_easy",), local, 0
+    )
+    assert {task: part["taken"] for task, part in record["parts"].items()} == {
+        "arc_easy": 3,
+        "arc_challenge": 10,
+    }
+    _, record = mixes.training_rows(
+        mix(own=True, parts={"arc_easy": {"weight": 0}}), ("arc_easy", "arc_challenge"), local, 0
+    )
     assert record["rows"] == 10
 
 
 def test_own_without_anything_to_train_on_names_what_there_is(local):
     with pytest.raises(
-        ConfigError, match=r"mix=test: none of openbookqa has a train split.*mix=math_mix.*one of arc_challenge, arc_easy\."
+        ConfigError,
+        match=r"mix=test: none of openbookqa has a train split.*mix=math_mix.*one of arc_challenge, "
+        r"arc_easy\.",
     ):
         mixes.training_rows(mix(own=True), ["openbookqa"], local, 0)
-    with pytest.raises(ConfigError, match=r"mix.parts.openbookqa: no train split with data.source=local.*arc_challenge, arc_easy"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mix.parts.openbookqa: no train split with data.source=local.*arc_challenge, arc_easy",
+    ):
         mixes.training_rows(mix(parts={"openbookqa": {}}), ["arc_easy"], local, 0)
     with pytest.raises(ConfigError, match=r"no rows; expected a part with a weight above 0"):
         mixes.training_rows(mix(parts={"arc_easy": {"weight": 0}}), ["arc_easy"], local, 0)
@@ -111,7 +142,9 @@ def test_choices_depend_on_the_seed_and_nothing_else(local):
     assert len({tuple(counted(local, seed, cap=5)) for seed in range(8)}) > 4
     both = mix(parts={"arc_challenge": {}, "arc_easy": {"cap": 5}})
     rows, _ = mixes.training_rows(both, ["arc_easy"], local, 1)
-    assert {row["id"] for row in rows if row["task"] == "arc_easy"} == set(counted(local, 1, cap=5))  # other parts change nothing
+    assert {row["id"] for row in rows if row["task"] == "arc_easy"} == set(
+        counted(local, 1, cap=5)
+    )  # other parts change nothing
     order = [row["id"] for row in rows if row["task"] == "arc_easy"]
     assert order == sorted(order)  # the order of the source
 
@@ -119,7 +152,10 @@ def test_choices_depend_on_the_seed_and_nothing_else(local):
 def test_builtin_mixes():
     data = DataConfig("builtin", train_limit=5)
     _, record = mixes.training_rows(mix(own=True), ["arc_easy", "arc_challenge"], data, 0)
-    assert {task: part["taken"] for task, part in record["parts"].items()} == {"arc_easy": 5, "arc_challenge": 5}
+    assert {task: part["taken"] for task, part in record["parts"].items()} == {
+        "arc_easy": 5,
+        "arc_challenge": 5,
+    }
 
 
 @pytest.mark.parametrize(
@@ -128,7 +164,10 @@ def test_builtin_mixes():
         ({"parts": {"arc_eazy": {}}}, r"mix: parts.arc_eazy: no such task. Did you mean 'arc_easy'"),
         ({"parts": {"arc_easy": {"weight": -1}}}, r"parts.arc_easy.weight=-1: expected a number >= 0"),
         ({"parts": {"arc_easy": {"cap": 0}}}, r"parts.arc_easy.cap=0: expected a whole number >= 1"),
-        ({"parts": {"arc_easy": {"wieght": 1}}}, r"unknown key 'parts.arc_easy.wieght'.*Did you mean 'weight'"),
+        (
+            {"parts": {"arc_easy": {"wieght": 1}}},
+            r"unknown key 'parts.arc_easy.wieght'.*Did you mean 'weight'",
+        ),
         ({"parts": ["arc_easy"]}, r"mix.parts=\['arc_easy'\]"),
         ({"file": "x", "hub": {"path": "a/b", "revision": "c"}}, r"expected one of the two"),
         ({"hub": {"path": "a/b"}}, r"mix.hub.revision \(known: hub.path=a/b\)"),
@@ -143,7 +182,12 @@ def test_wrong_options_are_refused(options, message):
 # ---- instruction files
 
 ITEMS = [
-    {"instruction": "Is it so?\nAnswer: true/false", "input": "", "output": "the correct answer is true", "answer": "true"},
+    {
+        "instruction": "Is it so?\nAnswer: true/false",
+        "input": "",
+        "output": "the correct answer is true",
+        "answer": "true",
+    },
     {"instruction": "Add.", "input": "2 and 3", "output": "5"},
     {"instruction": "Say [,].", "output": "]"},
 ]
@@ -178,10 +222,15 @@ def test_instruction_files(tmp_path, text):
 def test_the_published_file_is_told_from_others(tmp_path):
     path = tmp_path / "some.json"
     path.write_text(json.dumps(ITEMS))
-    blob = subprocess.run(["git", "hash-object", str(path)], capture_output=True, text=True, check=True).stdout.strip()
+    blob = subprocess.run(
+        ["git", "hash-object", str(path)], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert read(path, published={"rows": 3, "git_blob": blob})[1]["instructions"]["differs"] == []
     differs = read(path, published={"rows": 4, "git_blob": "0" * 40})[1]["instructions"]["differs"]
-    assert differs == ["3 rows, the published file has 4", f"git blob {blob[:12]}, the published file has 000000000000"]
+    assert differs == [
+        "3 rows, the published file has 4",
+        f"git blob {blob[:12]}, the published file has 000000000000",
+    ]
 
 
 def test_file_and_parts_add_up(tmp_path, local):
@@ -197,8 +246,14 @@ BROKEN = {
     "no end after a comma": (f"[{GOOD},\n", r"line 2: not JSON \(the list has no end\)"),
     "no comma": (f"[{GOOD}\n{GOOD}]", r"line 2: not JSON \(expected ','"),
     "no object": (f"[{GOOD},\n\n3]", r"line 3: expected a JSON object, got int"),
-    "missing key": (f'[{GOOD},\n{{"instruction": "x", "ouput": "y"}}]', r"line 2: key 'output' is missing. Did you mean 'ouput'"),
-    "empty output": (f'{GOOD}\n{GOOD}\n{{"instruction": "x", "output": " "}}', r"line 3: output=' ': expected text"),
+    "missing key": (
+        f'[{GOOD},\n{{"instruction": "x", "ouput": "y"}}]',
+        r"line 2: key 'output' is missing. Did you mean 'ouput'",
+    ),
+    "empty output": (
+        f'{GOOD}\n{GOOD}\n{{"instruction": "x", "output": " "}}',
+        r"line 3: output=' ': expected text",
+    ),
     "wrong type": ('{"instruction": ["x"], "output": "y"}', r"line 1: instruction=\['x'\]: expected text"),
     "input": ('{"instruction": "x", "output": "y", "input": 3}', r"line 1: input=3: expected text"),
     "empty": ("[]", r"no rows"),
@@ -215,7 +270,9 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, case):
 
 def test_a_missing_file_is_named(tmp_path):
     (tmp_path / "math_10k.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"mix.file='.*math_10.json': no such file.*Did you mean 'math_10k.json'"):
+    with pytest.raises(
+        ConfigError, match=r"mix.file='.*math_10.json': no such file.*Did you mean 'math_10k.json'"
+    ):
         read(tmp_path / "math_10.json")
     (tmp_path / "bytes.json").write_bytes(b'[{"\xff"}]')
     with pytest.raises(ConfigError, match=r"bytes.json: not UTF-8"):
@@ -230,7 +287,9 @@ def test_hub(monkeypatch):
         return datasets.Dataset.from_list([{"input": "", **item} for item in ITEMS])
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    rows, record = mixes.training_rows(mix(hub={"path": "a/b", "revision": "abc"}), [], SimpleNamespace(source="builtin", train_limit=2), 0)
+    rows, record = mixes.training_rows(
+        mix(hub={"path": "a/b", "revision": "abc"}), [], SimpleNamespace(source="builtin", train_limit=2), 0
+    )
     assert [row["output"] for row in rows] == [item["output"] for item in ITEMS[:2]]
     assert asked == [(("a/b", None), {"data_files": None, "split": "train", "revision": "abc"})]
     assert (record["instructions"]["available"], record["instructions"]["taken"]) == (3, 2)
@@ -239,12 +298,18 @@ def test_hub(monkeypatch):
         raise ConnectionError("no network\nlong story")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ConfigError, match=r"mix.hub.path='a/b' at revision abc.*ConnectionError: no network\).*mix.file needs neither"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mix.hub.path='a/b' at revision abc.*ConnectionError: no network\).*mix.file needs neither",
+    ):
         mixes.training_rows(mix(hub={"path": "a/b", "revision": "abc"}), [], BUILTIN, 0)
 
 
 def test_text_of_an_instruction():
-    head = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    head = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes "
+        "the request."
+    )
     wide = " " * 16
     row = {"instruction": "Add {x}.", "input": "", "output": "5"}
     prompt, answer = mixes.pair(row)
@@ -253,5 +318,10 @@ def test_text_of_an_instruction():
     assert mixes.pair(row, "alpaca")[0] == f"{head}\n\n### Instruction:\nAdd {{x}}.\n\n### Response:"
     head = head.replace("a task.", "a task, paired with an input that provides further context.")
     row["input"] = "2 {}"
-    assert mixes.pair(row, "alpaca")[0] == f"{head}\n\n### Instruction:\nAdd {{x}}.\n\n### Input:\n2 {{}}\n\n### Response:"
-    assert f"\n{wide}Add {{x}}.\n\n{wide}### Input:\n{wide}2 {{}}\n\n{wide}### Response:\n" in mixes.pair(row)[0]
+    assert (
+        mixes.pair(row, "alpaca")[0]
+        == f"{head}\n\n### Instruction:\nAdd {{x}}.\n\n### Input:\n2 {{}}\n\n### Response:"
+    )
+    assert (
+        f"\n{wide}Add {{x}}.\n\n{wide}### Input:\n{wide}2 {{}}\n\n{wide}### Response:\n" in mixes.pair(row)[0]
+    )

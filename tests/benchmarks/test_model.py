@@ -63,7 +63,9 @@ def test_the_shipped_model_loads():
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "olmo2"])
 def test_a_random_model_has_its_sizes_and_its_seed(architecture):
-    config = ModelConfig("random_tiny", kind="random", random=RandomModel(architecture=architecture, hidden=32, layers=3))
+    config = ModelConfig(
+        "random_tiny", kind="random", random=RandomModel(architecture=architecture, hidden=32, layers=3)
+    )
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -77,7 +79,12 @@ def test_a_random_model_has_its_sizes_and_its_seed(architecture):
 
 
 @pytest.mark.parametrize(
-    ("missing", "named"), [("config.json", "no config.json"), ("model.safetensors", "no weights"), ("tokenizer.json", "no tokenizer")]
+    ("missing", "named"),
+    [
+        ("config.json", "no config.json"),
+        ("model.safetensors", "no weights"),
+        ("tokenizer.json", "no tokenizer"),
+    ],
 )
 def test_an_incomplete_folder_is_named(saved, missing, named):
     for file in [missing, "tokenizer_config.json"] if missing == "tokenizer.json" else [missing]:
@@ -127,9 +134,14 @@ def test_what_cannot_be_quantised():
 
 def test_an_unknown_architecture_gets_the_nearest():
     with pytest.raises(ConfigError, match=r"architecture='lama'.*Did you mean 'llama'"):
-        load_model(ModelConfig("random_tiny", kind="random", random=RandomModel(architecture="lama")), 0, "cpu")
+        load_model(
+            ModelConfig("random_tiny", kind="random", random=RandomModel(architecture="lama")), 0, "cpu"
+        )
 
 
 def test_importing_for_a_check_needs_no_torch():
-    code = "import sys, moabench.benchmarks.model, moabench.benchmarks.data, moabench.benchmarks.tasks; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, moabench.benchmarks.model, moabench.benchmarks.data, moabench.benchmarks.tasks; "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,6 +13,15 @@ def test_counting_takes_a_share_of_a_step():
 
 
 def test_a_run_is_cut_into_its_parts():
-    parts = overhead.of_run(["model=random_tiny", "train=smoke", "task=arc_easy", "data.eval_limit=4", "forgetting=none", "device=cpu"])
+    parts = overhead.of_run(
+        [
+            "model=random_tiny",
+            "train=smoke",
+            "task=arc_easy",
+            "data.eval_limit=4",
+            "forgetting=none",
+            "device=cpu",
+        ]
+    )
     assert all(seconds >= 0 for seconds in parts.values()) and parts["evaluation"] > 0 and parts["probes"] > 0
     assert parts["before"] + parts["after"] + parts["evaluation"] < parts["whole"]

@@ -1,4 +1,5 @@
-"""Probes against measures computed apart: explicit outputs, captured routings, hidden states; and that they disturb nothing.
+"""Probes against measures computed apart: explicit outputs, captured routings, hidden states; and that they
+disturb nothing.
 
 pytest tests/benchmarks/test_probe.py
 """
@@ -61,7 +62,11 @@ def test_the_tokens_are_those_of_data_and_tokenizer_alone(small, tokenizer, tmp_
     found = probe_set(cfg, tokenizer)
     assert found.tokens == 600 and set(found.tasks) == {"arc_easy", "arc_challenge"}
     assert [found.tasks[i] for i in range(4)] == ["arc_easy", "arc_challenge"] * 2, "the tasks take turns"
-    for same in (replace(cfg, seed=7), small("lora", train={"lr": 1e-4, "max_length": 16}), small("molora", times=1, sites=1)):
+    for same in (
+        replace(cfg, seed=7),
+        small("lora", train={"lr": 1e-4, "max_length": 16}),
+        small("molora", times=1, sites=1),
+    ):
         assert probe_set(same, tokenizer).hash == found.hash
     assert probe_set(small("molora", tokens=400), tokenizer).hash != found.hash
     assert probe_set(replace(cfg, data=replace(cfg.data, eval_limit=2)), tokenizer).hash != found.hash
@@ -95,7 +100,9 @@ def test_expert_measures_are_those_of_explicit_outputs(probed):
     assert len(chosen) == 3
     for name in chosen:
         site, inputs = sites[name], {}
-        handle = site.module.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.update(x=args[0]))
+        handle = site.module.register_forward_pre_hook(
+            lambda module, args, inputs=inputs: inputs.update(x=args[0])
+        )
         routing = methods.capture_routing(model, batches.inputs(model, probe.batch))
         handle.remove()
         x, bank = inputs["x"].flatten(0, 1)[real], site.banks[0]
@@ -103,17 +110,27 @@ def test_expert_measures_are_those_of_explicit_outputs(probed):
         explicit = torch.stack(
             [bank.scale[e] * x @ bank.A[owner == e].T @ bank.B[:, owner == e].T for e in range(bank.part.n)]
         ).detach()  # fmt: skip
-        assert values[name, "experts/cka"] == pytest.approx(experts.off_diagonal(experts.cka(explicit)).item(), rel=1e-3)
+        assert values[name, "experts/cka"] == pytest.approx(
+            experts.off_diagonal(experts.cka(explicit)).item(), rel=1e-3
+        )
         cosine = experts.off_diagonal(experts.output_cosine(explicit)).item()
         assert values[name, "experts/output_cosine"] == pytest.approx(cosine, rel=1e-3, abs=1e-5)
         norms = (routing[name].weights[real].unsqueeze(-1) * explicit.transpose(0, 1)).norm(dim=-1).sum(0)
         share = balance.contribution(norms)
-        assert values[name, "load/contribution_effective_experts"] == pytest.approx(balance.effective_experts(share).item(), rel=1e-4)
-        updates = torch.stack([(bank.B[:, owner == e] @ bank.A[owner == e]).flatten() for e in range(bank.part.n)])
-        expected = experts.off_diagonal(torch.cosine_similarity(updates.unsqueeze(0), updates.unsqueeze(1), dim=-1)).item()
+        assert values[name, "load/contribution_effective_experts"] == pytest.approx(
+            balance.effective_experts(share).item(), rel=1e-4
+        )
+        updates = torch.stack(
+            [(bank.B[:, owner == e] @ bank.A[owner == e]).flatten() for e in range(bank.part.n)]
+        )
+        expected = experts.off_diagonal(
+            torch.cosine_similarity(updates.unsqueeze(0), updates.unsqueeze(1), dim=-1)
+        ).item()
         assert values[name, "experts/weight_cosine"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
         share = balance.membership(routing[name].weights[real])
-        assert values[name, "representation/rc"] == pytest.approx(representation.within_between(x, share).item(), rel=1e-4)
+        assert values[name, "representation/rc"] == pytest.approx(
+            representation.within_between(x, share).item(), rel=1e-4
+        )
 
 
 def test_experts_of_a_block_contribute_as_leaving_them_out_says(probed):
@@ -125,16 +142,23 @@ def test_experts_of_a_block_contribute_as_leaving_them_out_says(probed):
         batches.forward(model, probe.part, kept=1)
     norms = watched[name].removed()[:, real].norm(dim=-1).sum(-1)
     share = norms / norms.sum()
-    assert values[name, "load/contribution_max_vio"] == pytest.approx((share.max() * len(share) - 1).item(), rel=1e-4)
+    assert values[name, "load/contribution_max_vio"] == pytest.approx(
+        (share.max() * len(share) - 1).item(), rel=1e-4
+    )
     cka = experts.off_diagonal(experts.cka(watched[name].outputs()[:, real])).item()
     assert values[name, "experts/cka"] == pytest.approx(cka, rel=1e-4)
 
 
 def test_hidden_states_are_compared_with_the_frozen_models(probed, llama, small, tokenizer):
     probe, model, values = probed("lora")
-    assert not any(name.split("/")[0] != "representation" for _, name in values), "a method without routers has no other measure"
+    assert not any(name.split("/")[0] != "representation" for _, name in values), (
+        "a method without routers has no other measure"
+    )
     real = probe.batch["attention_mask"].bool()
-    states = [m(**batches.inputs(m, probe.batch), output_hidden_states=True).hidden_states[1][real].detach() for m in (model, llama)]
+    states = [
+        m(**batches.inputs(m, probe.batch), output_hidden_states=True).hidden_states[1][real].detach()
+        for m in (model, llama)
+    ]
     assert values["model.layers.0", "representation/erank_ratio"] == pytest.approx(
         (representation.erank(states[0]) / representation.erank(states[1])).item(), rel=1e-4
     )
@@ -149,13 +173,20 @@ def test_hidden_states_are_compared_with_the_frozen_models(probed, llama, small,
 
 
 def test_what_is_undefined_is_absent(small, llama, tokenizer):
-    """At its start LoRA adds nothing: no cosine, no CKA, no direction; random routers see no geometry that could cluster."""
+    """At its start LoRA adds nothing: no cosine, no CKA, no direction; random routers see no geometry that
+    could cluster."""
     probe = Probe(small("molora"), llama, tokenizer)
     torch.manual_seed(0)
     probe.measure(methods.attach(llama, catalog.raw("molora")), 0)
     found = {row["measure"] for row in probe.rows}
     assert {"experts/zero_share", "representation/rc", "representation/erank_ratio"} <= found
-    undefined = {"experts/cka", "experts/output_cosine", "experts/weight_cosine", "experts/overlap_out", "routing/fluctuation"}
+    undefined = {
+        "experts/cka",
+        "experts/output_cosine",
+        "experts/weight_cosine",
+        "experts/overlap_out",
+        "routing/fluctuation",
+    }
     assert not undefined & found
     assert probe.metrics()["experts/zero_share"] == 1
     assert all(math.isfinite(row["value"]) for row in probe.rows)
@@ -180,14 +211,17 @@ def test_fluctuation_and_saturation_follow_the_choices(name, probed):
         else:
             changes.append(measure.fluctuation(before[site].chosen, after[site].chosen).item())
     assert metrics["routing/fluctuation"] == pytest.approx(sum(changes) / len(changes), abs=1e-3)
-    saturated = [row["value"] for row in probe.rows if row["measure"] == "routing/saturation" and row["step"] == 0]
+    saturated = [
+        row["value"] for row in probe.rows if row["measure"] == "routing/saturation" and row["step"] == 0
+    ]
     assert sum(saturated) / len(saturated) == pytest.approx(1 - metrics["routing/fluctuation"], abs=1e-6)
     assert metrics["routing/fluctuation"] > 0.05
 
 
 @pytest.mark.parametrize("name", [n for n in catalog.names() if n not in ("none", "dora", "rslora")])
 def test_every_method_can_be_probed(name, small, llama, tokenizer):
-    """Names are those of the list; the pairwise matrices of routed methods are there; memory of hooks and recorders is given back."""
+    """Names are those of the list; the pairwise matrices of routed methods are there; memory of hooks and
+    recorders is given back."""
     skills = ("none",)
     probe = Probe(small(name), llama, tokenizer, skills)
     torch.manual_seed(0)
@@ -198,7 +232,10 @@ def test_every_method_can_be_probed(name, small, llama, tokenizer):
                 parameter.add_(0.05 * torch.randn(parameter.shape))
     probe.measure(model, 0)
     probe.measure(model, 5)
-    metrics, routed = probe.metrics(), catalog.parse(catalog.raw(name)).tuner == "mixture" and name != "naive_sum"
+    metrics, routed = (
+        probe.metrics(),
+        catalog.parse(catalog.raw(name)).tuner == "mixture" and name != "naive_sum",
+    )
     assert {key.removesuffix("_worst") for key in metrics} <= measures.MEASURES.keys()
     assert "representation/erank_ratio" in metrics and metrics["representation/drift_norm"] > 0
     assert ("experts/cka" in metrics) == ("output_cka" in {row["name"] for row in probe.matrices}) == routed
@@ -215,21 +252,33 @@ def test_probes_change_no_training(name, small, llama, attached, tokenizer, tmp_
     for probes in (True, False):
         model = attached(name)
         probe = Probe(cfg, llama, tokenizer) if probes else None
-        result = train(model, tokenizer, rows(cfg), cfg, tmp_path / str(probes), resume=False, progress=False, probe=probe)
+        result = train(
+            model,
+            tokenizer,
+            rows(cfg),
+            cfg,
+            tmp_path / str(probes),
+            resume=False,
+            progress=False,
+            probe=probe,
+        )
         results[probes] = trainable(model), [row["loss/total"] for row in result.history], result.routing
     assert_equal(results[True][0], results[False][0])
     assert results[True][1:] == results[False][1:]
 
 
 @pytest.mark.parametrize("stop", [1, 5])
-def test_a_resumed_run_has_the_probes_of_an_uninterrupted_one(stop, small, llama, attached, tokenizer, tmp_path):
+def test_a_resumed_run_has_the_probes_of_an_uninterrupted_one(
+    stop, small, llama, attached, tokenizer, tmp_path
+):
     """Probes at 0, 3, 5 and 8; cut before the first checkpoint (4), and after a probe that follows it."""
     cfg = small("moe_lora_topk", train={"steps": 8, "save_every": 4, "log_every": 4})
 
     def probes(folder, resume, callbacks=()):
         probe = Probe(cfg, llama, tokenizer)
         train(
-            attached("moe_lora_topk"), tokenizer, rows(cfg), cfg, folder, resume, progress=False, callbacks=callbacks, probe=probe
+            attached("moe_lora_topk"), tokenizer, rows(cfg), cfg, folder, resume, progress=False,
+            callbacks=callbacks, probe=probe
         )  # fmt: skip
         return probe
 
@@ -252,7 +301,9 @@ def test_probing_takes_no_training_time(small, llama, attached, tokenizer, tmp_p
     probe = Probe(small("lora"), llama, tokenizer)
     monkeypatch.setattr(probe, "measure", lambda model, step: now.__setitem__(0, now[0] + 1000))
     cfg = small("lora")
-    result = train(attached("lora"), tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False, probe=probe)
+    result = train(
+        attached("lora"), tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False, probe=probe
+    )
     assert 0 < result.metrics["train/seconds"] < 1
 
 
@@ -260,7 +311,9 @@ def test_an_unknown_architecture_is_told_how_to_go_on(small, tokenizer):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        GPTNeoXConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
     )
     with pytest.raises(ConfigError, match=r"probe\.times=0 leaves probes out"):
         Probe(small("lora"), model, tokenizer)

@@ -1,4 +1,5 @@
-"""Several processes train what one does with the same batch, write one run folder, and fail together. On a CPU, over gloo.
+"""Several processes train what one does with the same batch, write one run folder, and fail together. On a
+CPU, over gloo.
 
 Run: python -m pytest tests/benchmarks/test_processes.py
 """
@@ -22,15 +23,32 @@ from moabench.benchmarks.runs import find
 from moabench.methods.spec import ConfigError
 
 SMALL = [
-    "model=random_tiny", "task=arc_easy", "train.steps=4", "train.log_every=1", "data.eval_limit=8", "data.train_limit=64",
+    "model=random_tiny", "task=arc_easy", "train.steps=4", "train.log_every=1", "data.eval_limit=8",
+    "data.train_limit=64",
     "forgetting=none", "logger=none", "device=cpu", "threads=1", "quiet=true", "probe.times=1",
 ]  # fmt: skip
 
 
 def together(*args: str, cwd, script=REPOSITORY / "run.py") -> subprocess.CompletedProcess:
     """`torchrun` with two processes, as users type it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *args]
-    return subprocess.run(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        *args,
+    ]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 SHARE = [*SMALL, "train.batch_size=4"]
@@ -53,15 +71,28 @@ def two(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["moe_lora_topk", "moa_sparse"])
 def test_two_processes_train_what_one_does_with_their_batches(method, two, tmp_path):
-    """Losses, expert load and weights; moa_sparse has a threshold head without a gradient, which DDP has to bear."""
+    """Losses, expert load and weights; moa_sparse has a threshold head without a gradient, which DDP has to
+    bear."""
     (joint,) = find(two(method) / "runs")
     assert moabench(f"method={method}", *SMALL, "train.batch_size=8", cwd=tmp_path).returncode == 0
     (one,) = find(tmp_path / "runs")
     assert read_json(joint / "status.json")["state"] == "finished" and one.name != joint.name
     histories = [pd.read_parquet(folder / "history.parquet") for folder in (one, joint)]
-    columns = ["step", "tokens", "loss/task", "loss/total", "load/cv", "load/max_vio", "load/mean_active", "load/gate_mass"]
+    columns = [
+        "step",
+        "tokens",
+        "loss/task",
+        "loss/total",
+        "load/cv",
+        "load/max_vio",
+        "load/mean_active",
+        "load/gate_mass",
+    ]
     pd.testing.assert_frame_equal(histories[0][columns], histories[1][columns], rtol=1e-5, atol=1e-5)
-    weights = [safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, joint)]
+    weights = [
+        safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (one, joint)
+    ]
     for key, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][key], tensor, rtol=1e-3, atol=1e-5)
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in joint.iterdir())
@@ -75,20 +106,28 @@ def test_a_run_of_several_processes_is_found_again(two):
 
 
 def test_a_failure_ends_all_processes(tmp_path):
-    done = together("-m", "method=lora", "seed=0,1", *SMALL, "train.lr=1e30", "train.max_grad_norm=0", cwd=tmp_path)
+    done = together(
+        "-m", "method=lora", "seed=0,1", *SMALL, "train.lr=1e30", "train.max_grad_norm=0", cwd=tmp_path
+    )
     assert done.returncode != 0 and "expected a finite loss" in done.stderr
     states = [read_json(folder / "status.json")["state"] for folder in find(tmp_path / "runs")]
-    assert states in (["failed"], ["interrupted"]), "the second run must not begin with the processes out of step"
+    assert states in (["failed"], ["interrupted"]), (
+        "the second run must not begin with the processes out of step"
+    )
 
 
 def test_a_sharded_base_changes_no_result(two, tmp_path):
-    """FSDP: every metric, table and weight as with whole bases, through probes that run parts of a layer alone."""
+    """FSDP: every metric, table and weight as with whole bases, through probes that run parts of a layer
+    alone."""
     done = together("method=mixlora", *SHARE, "shard=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     (whole,), (sharded,) = find(two("mixlora") / "runs"), find(tmp_path / "runs")
     assert whole.name == sharded.name
     assert list(unequal(whole, sharded)) == []
-    weights = [safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, sharded)]
+    weights = [
+        safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+        for folder in (whole, sharded)
+    ]
     assert weights[0].keys() == weights[1].keys()
     for key, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][key], tensor, rtol=0, atol=0)

@@ -1,4 +1,5 @@
-"""A base in 4 or 8 bits (bitsandbytes, here on the CPU): every method works on it as on the weights that it stands for.
+"""A base in 4 or 8 bits (bitsandbytes, here on the CPU): every method works on it as on the weights that it
+stands for.
 
 Run: python -m pytest tests/benchmarks/test_quantised.py
 """
@@ -53,8 +54,9 @@ def results(net: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def repacking(monkeypatch):
-    """bitsandbytes as on a CPU with avx512_bf16: it repacks a 4-bit linear in the first evaluation pass of a layer whose input needs no
-    gradient, and runs it from then on by a kernel without one. Here that kernel meets weights that it cannot read."""
+    """bitsandbytes as on a CPU with avx512_bf16: it repacks a 4-bit linear in the first evaluation pass of a
+    layer whose input needs no gradient, and runs it from then on by a kernel without one. Here that kernel
+    meets weights that it cannot read."""
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
 
 
@@ -69,12 +71,17 @@ def test_a_method_on_a_packed_base_is_that_on_its_weights(name, unpacked, repack
     assert want.keys() == got.keys() and len(want) > 1
     for key, tensor in want.items():
         torch.testing.assert_close(
-            got[key], tensor, rtol=1e-3, atol=1e-4 * float(tensor.abs().max() + 1e-12), msg=lambda text, key=key: f"{key}: {text}"
+            got[key],
+            tensor,
+            rtol=1e-3,
+            atol=1e-4 * float(tensor.abs().max() + 1e-12),
+            msg=lambda text, key=key: f"{key}: {text}",
         )
 
 
 def test_a_packed_base_stays_what_it_is(repacking, tmp_path):
-    """Evaluated, checkpointed, evaluated, saved with its adapter and loaded again: the same logits, bit for bit, and a gradient each time."""
+    """Evaluated, checkpointed, evaluated, saved with its adapter and loaded again: the same logits, bit for
+    bit, and a gradient each time."""
     net, ids = base(4), torch.randint(2000, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         frozen = net(input_ids=ids).logits
@@ -103,9 +110,13 @@ def test_a_repacked_base_is_refused(repacking):
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = True  # as without load_model
     linear = net.model.layers[1].self_attn.q_proj
-    linear.weight.data, linear.weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(linear.weight.data, linear.weight.quant_state)
+    linear.weight.data, linear.weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(
+        linear.weight.data, linear.weight.quant_state
+    )
     for method in ("molora", "lora"):
-        with pytest.raises(ConfigError, match=r"layers\.1\.self_attn\.q_proj: bitsandbytes has repacked.*Load it again"):
+        with pytest.raises(
+            ConfigError, match=r"layers\.1\.self_attn\.q_proj: bitsandbytes has repacked.*Load it again"
+        ):
             methods.attach(net, catalog.raw(method))
 
 
@@ -120,11 +131,30 @@ def test_a_weight_takes_what_the_estimate_says():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_run_on_a_packed_base(bits, tmp_path):
     """From the command line: trained, evaluated, and its adapter loads on such a base again."""
-    args = ["method=moa_soft", f"model.quantize={bits}", "task=arc_easy", "train=smoke", "data.eval_limit=8", "data.train_limit=32"]
-    done = moabench(*args, "forgetting=none", "logger=none", "probe.times=1", "device=cpu", "threads=1", "quiet=true", cwd=tmp_path)
+    args = [
+        "method=moa_soft",
+        f"model.quantize={bits}",
+        "task=arc_easy",
+        "train=smoke",
+        "data.eval_limit=8",
+        "data.train_limit=32",
+    ]
+    done = moabench(
+        *args,
+        "forgetting=none",
+        "logger=none",
+        "probe.times=1",
+        "device=cpu",
+        "threads=1",
+        "quiet=true",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     (folder,) = find(tmp_path / "runs")
     metrics = read_json(folder / "metrics.json")
-    assert metrics["train/loss_task"] > 0 and "bitsandbytes" in read_json(folder / "environment.json")["packages"]
+    assert (
+        metrics["train/loss_task"] > 0
+        and "bitsandbytes" in read_json(folder / "environment.json")["packages"]
+    )
     ids = torch.randint(2000, (1, 8), generator=torch.Generator().manual_seed(0))
     assert load_adapter(base(bits), folder / "adapter")(input_ids=ids).logits.isfinite().all()

@@ -34,7 +34,12 @@ with RunFolder(sys.argv[1], "arc-lora-tiny-s0", "ab12" * 16).claim() as state:
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the run."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline().strip() == "new"
     yield process
     process.kill()
@@ -93,7 +98,10 @@ for i in range(10**9):
 
 def test_json_is_strict(tmp_path):
     files.write_json(tmp_path / "m.json", {"loss": float("nan"), "list": [float("inf"), 1.5]})
-    assert json.loads((tmp_path / "m.json").read_text(), parse_constant=pytest.fail) == {"loss": None, "list": [None, 1.5]}
+    assert json.loads((tmp_path / "m.json").read_text(), parse_constant=pytest.fail) == {
+        "loss": None,
+        "list": [None, 1.5],
+    }
 
 
 def test_parquet_rows_may_differ_in_keys_and_hold_lists(tmp_path):
@@ -196,7 +204,9 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path, holder):
     assert folder.status()["state"] == "running" and folder.state() == "interrupted"
     with folder.claim() as found:
         assert found == "interrupted"
-    assert folder.state() == "finished" and [entry["state"] for entry in folder.status()["before"]] == ["interrupted"]
+    assert folder.state() == "finished" and [entry["state"] for entry in folder.status()["before"]] == [
+        "interrupted"
+    ]
 
 
 def test_a_lock_of_another_machine_holds_while_its_heart_beats(tmp_path):

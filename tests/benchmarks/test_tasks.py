@@ -1,4 +1,5 @@
-"""Tasks: extraction on strings with results written by hand, our requests against lm-eval's own task files, and names and suites.
+"""Tasks: extraction on strings with results written by hand, our requests against lm-eval's own task files,
+and names and suites.
 
 pytest tests/benchmarks/test_tasks.py
 """
@@ -168,7 +169,9 @@ def test_choice_words(stem, text, paper, strict):
 
 def test_a_strict_word_is_one_of_the_row_and_the_papers_is_one_of_all_tasks():
     text = "the correct answer is answer4"
-    assert extraction.choice_word(text, VOCABULARY["answer"], VOCABULARY["answer"][:3]) == Extracted("answer4", None)
+    assert extraction.choice_word(text, VOCABULARY["answer"], VOCABULARY["answer"][:3]) == Extracted(
+        "answer4", None
+    )
 
 
 TRUTHS = [
@@ -209,7 +212,9 @@ TRUTHS = [
 
 @pytest.mark.parametrize(("text", "paper", "strict"), TRUTHS)
 def test_truths(text, paper, strict):
-    assert tasks.get("boolq").form("generate").extract(text, {"choices": ["false", "true"], "label": 0}) == Extracted(paper, strict)
+    assert tasks.get("boolq").form("generate").extract(
+        text, {"choices": ["false", "true"], "label": 0}
+    ) == Extracted(paper, strict)
 
 
 @pytest.mark.parametrize("cases", [NUMBERS, LETTERS, WORDS, TRUTHS])
@@ -219,14 +224,25 @@ def test_there_are_thirty_strings_for_each_pattern(cases):
 
 def test_numbers_are_equal_up_to_a_thousandth():
     form = tasks.get("gsm8k").form()
-    assert [form.correct(text, {"answer": "0.125"}) for text in ("0.1255", ".125", "0.127", "12.5")] == [True, True, False, False]
+    assert [form.correct(text, {"answer": "0.125"}) for text in ("0.1255", ".125", "0.127", "12.5")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert form.correct("8.", {"answer": "8"})
     assert not form.correct("-8", {"answer": "8"})
     assert not form.correct(None, {"answer": "8"})
 
 
-ARC_RAW = {"id": "Q", "question": "Why so?", "choices": {"text": ["x", "it's", "z"], "label": ["A", "B", "C"]}, "answerKey": "B"}
-RAW = {  # one public row, as the hub has it, for each task that lm-eval has: (its file, module of its functions, row)
+ARC_RAW = {
+    "id": "Q",
+    "question": "Why so?",
+    "choices": {"text": ["x", "it's", "z"], "label": ["A", "B", "C"]},
+    "answerKey": "B",
+}
+# one public row, as the hub has it, for each task that lm-eval has: (its file, module of its functions, row)
+RAW = {
     "arc_easy": ("arc/arc_easy.yaml", None, ARC_RAW),
     "arc_challenge": ("arc/arc_challenge.yaml", None, ARC_RAW),
     "openbookqa": (
@@ -237,18 +253,33 @@ RAW = {  # one public row, as the hub has it, for each task that lm-eval has: (i
     "commonsenseqa": (
         "commonsense_qa/default.yaml",
         None,
-        {**ARC_RAW, "choices": {"text": ["p", "q", "r", "s", "t"], "label": list("ABCDE")}, "question": " Where? "},
+        {
+            **ARC_RAW,
+            "choices": {"text": ["p", "q", "r", "s", "t"], "label": list("ABCDE")},
+            "question": " Where? ",
+        },
     ),
     "boolq_passage": (
         "super_glue/boolq/default.yaml",
         None,
         {"question": "is it so", "passage": "It -- It is\nso.", "idx": 0, "label": 1},
     ),
-    "piqa": ("piqa/piqa.yaml", None, {"goal": 'To "cut" it,', "sol1": "use a knife.", "sol2": "use a spoon.", "label": 0}),
+    "piqa": (
+        "piqa/piqa.yaml",
+        None,
+        {"goal": 'To "cut" it,', "sol1": "use a knife.", "sol2": "use a spoon.", "label": 0},
+    ),
     "siqa": (
         "siqa/siqa.yaml",
         None,
-        {"context": "Ann left.", "question": "Why?", "answerA": "tired", "answerB": "sad", "answerC": "late", "label": "3"},
+        {
+            "context": "Ann left.",
+            "question": "Why?",
+            "answerA": "tired",
+            "answerB": "sad",
+            "answerC": "late",
+            "label": "3",
+        },
     ),
     "hellaswag": (
         "hellaswag/hellaswag.yaml",
@@ -281,7 +312,8 @@ RAW = {  # one public row, as the hub has it, for each task that lm-eval has: (i
 
 
 def theirs(name):
-    """lm-eval's own requests and target for the raw row: (context, continuation) pairs and the index of the right one."""
+    """lm-eval's own requests and target for the raw row: (context, continuation) pairs and the index of the
+    right one."""
     file, module, raw = RAW[name]
     config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / file, resolve_func=False)
     functions = importlib.import_module(f"lm_eval.tasks.{module}") if module else None
@@ -324,10 +356,12 @@ def test_boolq_without_its_passage_is_the_same_from_the_question_on():
 
 
 def test_the_instruction_template_is_that_of_llm_adapters():
-    """Characters of evaluate.py: one blank ends the first line, 16 blanks before each later one, and 16 end the prompt."""
+    """Characters of evaluate.py: one blank ends the first line, 16 blanks before each later one, and 16 end
+    the prompt."""
     prompt = tasks.get("gsm8k").form("generate").prompt({"question": "2 {} 2?", "answer": "4"})
     assert prompt.split("\n") == [
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request. ",
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request. ",
         "",
         " " * 16 + "### Instruction:",
         " " * 16 + "2 {} 2?",
@@ -340,36 +374,42 @@ def test_the_instruction_template_is_that_of_llm_adapters():
 INSTRUCTIONS = {  # as LLM-Adapters' test files write them
     "boolq": (
         {"question": "is it so", "choices": ["false", "true"], "label": 1},
-        "Please answer the following question with true or false, question: is it so?\n\nAnswer format: true/false",
+        "Please answer the following question with true or false, question: is it so?\n\nAnswer "
+        "format: true/false",
         "the correct answer is true",
     ),
     "piqa": (
         {"question": "Cut it", "choices": ["a knife", "a spoon"], "label": 0},
-        "Please choose the correct solution to the question: Cut it\n\nSolution1: a knife\n\nSolution2: a spoon\n\n"
+        "Please choose the correct solution to the question: Cut it\n\nSolution1: a "
+        "knife\n\nSolution2: a spoon\n\n"
         "Answer format: solution1/solution2",
         "the correct answer is solution1",
     ),
     "siqa": (
         {"context": "Ann left.", "question": "Why?", "choices": ["tired", "sad", "late"], "label": 2},
-        "Please choose the correct answer to the question: Ann left. Why?\n\nAnswer1: tired Answer2: sad Answer3: late\n\n"
+        "Please choose the correct answer to the question: Ann left. Why?\n\nAnswer1: tired Answer2: "
+        "sad Answer3: late\n\n"
         "Answer format: answer1/answer2/answer3",
         "the correct answer is answer3",
     ),
     "hellaswag": (
         {"question": "Cooking: He", "choices": ["stirs.", "eats."], "label": 1},
-        "Please choose the correct ending to complete the given sentence: Cooking: He\n\nEnding1: stirs. Ending2: eats.\n\n"
+        "Please choose the correct ending to complete the given sentence: Cooking: He\n\nEnding1: "
+        "stirs. Ending2: eats.\n\n"
         "Answer format: ending1/ending2",
         "the correct answer is ending2",
     ),
     "winogrande": (
         {"question": "Ann saw Bo, so _ left.", "choices": ["Ann", "Bo"], "label": 1},
-        "Please choose the correct answer to fill in the blank to complete the given sentence: Ann saw Bo, so _ left.\n\n"
+        "Please choose the correct answer to fill in the blank to complete the given sentence: Ann "
+        "saw Bo, so _ left.\n\n"
         "Option1: Ann Option2: Bo Answer format: option1/option2",
         "the correct answer is option2",
     ),
     "arc_easy": (
         ROW,
-        "Please choose the correct answer to the question: Why?\n\nAnswer1: one Answer2: two\n\nAnswer format: answer1/answer2",
+        "Please choose the correct answer to the question: Why?\n\nAnswer1: one Answer2: "
+        "two\n\nAnswer format: answer1/answer2",
         "the correct answer is answer2",
     ),
     "aqua": (
@@ -383,7 +423,11 @@ INSTRUCTIONS = {  # as LLM-Adapters' test files write them
         "2 + 2?",
         "It is 2+2=4.\nThe answer is 4.",
     ),
-    "addsub": ({"question": "2 + 2?", "answer": "4", "equation": "X = 2 + 2"}, "2 + 2?", "X = 2 + 2\nThe answer is 4."),
+    "addsub": (
+        {"question": "2 + 2?", "answer": "4", "equation": "X = 2 + 2"},
+        "2 + 2?",
+        "X = 2 + 2\nThe answer is 4.",
+    ),
 }
 
 
@@ -434,13 +478,14 @@ def test_builtin_rows_have_every_form(name, protocol):
 
 
 READ_BACK = {"aqua": (2, 168), "mathqa": (21, 0)}
-"""Misread on their own trained responses, strictly (these solutions say "the answer is" within) and by the papers' rule (solutions of AQuA
-have capitals, and the first A to E counts)."""
+"""Misread on their own trained responses, strictly (these solutions say "the answer is" within) and by the
+papers' rule (solutions of AQuA have capitals, and the first A to E counts)."""
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_real_row_has_a_native_form_and_a_response_that_is_read_back(name, datasets_folder):
-    """On all rows of the reported split: the trained response is well-formed, and right by its own extraction."""
+    """On all rows of the reported split: the trained response is well-formed, and right by its own
+    extraction."""
     task = tasks.get(name)
     native, generate = task.form(), task.form("generate")
     rows = data.load_rows(name, task.split, DataConfig("local", root=str(datasets_folder)))
@@ -456,7 +501,8 @@ def test_every_real_row_has_a_native_form_and_a_response_that_is_read_back(name,
 @pytest.mark.parametrize("source", ["builtin", "local"])
 @pytest.mark.parametrize("name", tasks.names())
 def test_every_file_works_in_plain_lm_eval(name, source, request):
-    """Its native protocol, through lm-eval's own task manager: text, choices or response, and what our forms say."""
+    """Its native protocol, through lm-eval's own task manager: text, choices or response, and what our forms
+    say."""
     task = tasks.get(name)
     if task.unavailable(source):
         pytest.skip(f"{name} is not in the {source} data")
@@ -469,7 +515,9 @@ def test_every_file_works_in_plain_lm_eval(name, source, request):
     if task.native == "loglikelihood":
         loaded.set_config("num_fewshot", 0)
         loaded.build_all_requests(rank=0, world_size=1)
-        assert [asked.args for asked in loaded.instances] == [pair for doc in docs for pair in form.requests(doc)]
+        assert [asked.args for asked in loaded.instances] == [
+            pair for doc in docs for pair in form.requests(doc)
+        ]
         return
     for doc in docs:
         assert loaded.doc_to_text(doc) == form.prompt(doc)
@@ -479,15 +527,23 @@ def test_every_file_works_in_plain_lm_eval(name, source, request):
 
 
 def test_suites_are_groups_of_lm_eval():
-    manager = TaskManager(include_path=str(tasks.FOLDER), include_defaults=False, metadata={"source": "builtin", "eval_limit": 2})
+    manager = TaskManager(
+        include_path=str(tasks.FOLDER),
+        include_defaults=False,
+        metadata={"source": "builtin", "eval_limit": 2},
+    )
     assert set(tasks.suites()) <= set(manager.all_groups)
     assert set(manager.load(["arc"])["tasks"]) == set(tasks.suites()["arc"])
 
 
-@pytest.mark.parametrize("name", [name for name in tasks.names() if not tasks.get(name).unavailable("builtin")])
+@pytest.mark.parametrize(
+    "name", [name for name in tasks.names() if not tasks.get(name).unavailable("builtin")]
+)
 def test_the_stated_chance_is_that_of_the_choices(name):
     rows = data.load_rows(name, tasks.get(name).split, DataConfig("builtin"))
-    assert sum(1 / len(row["choices"]) for row in rows) / len(rows) == pytest.approx(tasks.get(name).chance("label"), abs=0.002)
+    assert sum(1 / len(row["choices"]) for row in rows) / len(rows) == pytest.approx(
+        tasks.get(name).chance("label"), abs=0.002
+    )
 
 
 def test_suites_and_their_order():
@@ -503,7 +559,10 @@ def test_resolve():
     assert tasks.resolve("arc") == ("arc", ("arc_easy", "arc_challenge"))
     assert tasks.resolve("gsm8k") == ("gsm8k", ("gsm8k",))
     assert tasks.resolve(["arc", "gsm8k"]) == ("arc+gsm8k", ("arc_easy", "arc_challenge", "gsm8k"))
-    assert tasks.resolve(["arc_challenge", "arc", "arc"]) == ("arc_challenge+arc", ("arc_challenge", "arc_easy"))
+    assert tasks.resolve(["arc_challenge", "arc", "arc"]) == (
+        "arc_challenge+arc",
+        ("arc_challenge", "arc_easy"),
+    )
 
 
 @pytest.mark.parametrize(

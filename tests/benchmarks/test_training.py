@@ -1,4 +1,5 @@
-"""Training against its invariants: accumulation, resume, a mid-run evaluation, what is trained, what the loss and the load count.
+"""Training against its invariants: accumulation, resume, a mid-run evaluation, what is trained, what the loss
+and the load count.
 
 pytest tests/benchmarks/test_training.py
 """
@@ -57,18 +58,30 @@ class Stop(TrainerCallback):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_ends_bitwise_equal(name, attached, tokenizer, config, tmp_path):
-    """Cut at step 5, between a checkpoint (4) and a logged step (6); dropout of the methods makes random states matter."""
+    """Cut at step 5, between a checkpoint (4) and a logged step (6); dropout of the methods makes random
+    states matter."""
     cfg = config(name, steps=8, save_every=4, log_every=3)
     whole_model = attached(name)
     whole = train(whole_model, tokenizer, rows(cfg), cfg, tmp_path / "whole", resume=False, progress=False)
     cut_model = attached(name)
     with pytest.raises(KeyboardInterrupt):
-        train(cut_model, tokenizer, rows(cfg), cfg, tmp_path / "cut", resume=False, progress=False, callbacks=[Stop(5)])
+        train(
+            cut_model,
+            tokenizer,
+            rows(cfg),
+            cfg,
+            tmp_path / "cut",
+            resume=False,
+            progress=False,
+            callbacks=[Stop(5)],
+        )
     resumed_model = attached(name)
     resumed = train(resumed_model, tokenizer, rows(cfg), cfg, tmp_path / "cut", resume=True, progress=False)
     assert_equal(trainable(resumed_model), trainable(whole_model))
     clocks = ("seconds", "tokens_per_second")
-    timeless = [[{k: v for k, v in row.items() if k not in clocks} for row in r.history] for r in (resumed, whole)]
+    timeless = [
+        [{k: v for k, v in row.items() if k not in clocks} for row in r.history] for r in (resumed, whole)
+    ]
     assert timeless[0] == timeless[1]
     assert [row["step"] for row in whole.history] == [3, 6, 8]
     assert resumed.routing == whole.routing
@@ -89,19 +102,34 @@ def test_a_mid_run_evaluation_changes_nothing(name, attached, tokenizer, config,
                 assert model.training
 
     with_it, without = attached(name), attached(name)
-    train(with_it, tokenizer, rows(cfg), cfg, tmp_path / "a", resume=False, progress=False, callbacks=[Evaluate()])
+    train(
+        with_it,
+        tokenizer,
+        rows(cfg),
+        cfg,
+        tmp_path / "a",
+        resume=False,
+        progress=False,
+        callbacks=[Evaluate()],
+    )
     train(without, tokenizer, rows(cfg), cfg, tmp_path / "b", resume=False, progress=False)
     assert_equal(trainable(with_it), trainable(without))
 
 
 @pytest.mark.parametrize("name", ["lora", "mixlora", "moa_sparse"])
-def test_gradient_checkpointing_changes_no_gradient_and_counts_nothing_twice(name, attached, tokenizer, config, tmp_path):
+def test_gradient_checkpointing_changes_no_gradient_and_counts_nothing_twice(
+    name, attached, tokenizer, config, tmp_path
+):
     results = {}
     for on in (False, True):
         cfg = config(name, steps=2, log_every=1, gradient_checkpointing=on)
         model = attached(name)
         found = train(model, tokenizer, rows(cfg), cfg, tmp_path / str(on), resume=False, progress=False)
-        results[on] = trainable(model), found.routing, [{k: v for k, v in row.items() if k.startswith("loss")} for row in found.history]
+        results[on] = (
+            trainable(model),
+            found.routing,
+            [{k: v for k, v in row.items() if k.startswith("loss")} for row in found.history],
+        )
     for key, value in results[False][0].items():
         torch.testing.assert_close(results[True][0][key], value, rtol=1e-4, atol=1e-6)
     assert results[True][2] == [pytest.approx(row) for row in results[False][2]]
@@ -112,8 +140,19 @@ def test_gradient_checkpointing_changes_no_gradient_and_counts_nothing_twice(nam
 def test_an_interrupted_checkpoint_is_passed_over(state, attached, tokenizer, config, tmp_path):
     cfg = config("lora")
     with pytest.raises(KeyboardInterrupt):
-        train(attached("lora"), tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False, callbacks=[Stop(4)])
-    (tmp_path / "checkpoints" / "checkpoint-5").mkdir()  # killed before or while its trainer_state.json was written
+        train(
+            attached("lora"),
+            tokenizer,
+            rows(cfg),
+            cfg,
+            tmp_path,
+            resume=False,
+            progress=False,
+            callbacks=[Stop(4)],
+        )
+    (
+        tmp_path / "checkpoints" / "checkpoint-5"
+    ).mkdir()  # killed before or while its trainer_state.json was written
     if state is not None:
         (tmp_path / "checkpoints" / "checkpoint-5" / "trainer_state.json").write_text(state)
     result = train(attached("lora"), tokenizer, rows(cfg), cfg, tmp_path, resume=True, progress=False)
@@ -125,9 +164,11 @@ def test_an_interrupted_checkpoint_is_passed_over(state, attached, tokenizer, co
 
 @pytest.mark.parametrize("name", ["lora", "moe_lora_topk", "mixlora"])
 def test_gradients_do_not_depend_on_accumulation(name, attached, tokenizer, config, tmp_path):
-    """8 sequences at once against 4 times 2: task loss by answer tokens over all 8, auxiliary losses as their mean over passes.
+    """8 sequences at once against 4 times 2: task loss by answer tokens over all 8, auxiliary losses as their
+    mean over passes.
 
-    A balance loss is not linear in the batch, so it is compared with the mean of its gradients over the passes of 2.
+    A balance loss is not linear in the batch, so it is compared with the mean of its gradients over the
+    passes of 2.
     """
     model = attached(name).eval()  # no dropout: the two runs draw different masks
     examples, _ = encode_rows(tokenizer, rows(config())[:8], config())
@@ -139,14 +180,17 @@ def test_gradients_do_not_depend_on_accumulation(name, attached, tokenizer, conf
     if name == "mixlora":
         expected = {}
         for i in range(0, 8, 2):
-            for key, value in gradients(model, config(batch_size=2), examples[i : i + 2], tmp_path)["aux"].items():
+            for key, value in gradients(model, config(batch_size=2), examples[i : i + 2], tmp_path)[
+                "aux"
+            ].items():
                 expected[key] = expected.get(key, 0) + value / 4
         assert_close(parts["aux"], expected)
     assert_close(parts["all"], {k: parts["task"][k] + parts["aux"].get(k, 0) for k in parts["all"]})
 
 
 def gradients(model, cfg, examples, folder):
-    """Gradients of the task loss, of the auxiliary losses and of both, as one optimiser step accumulates them."""
+    """Gradients of the task loss, of the auxiliary losses and of both, as one optimiser step accumulates
+    them."""
     size, steps = cfg.train.batch_size, len(examples) // cfg.train.batch_size
     found = {}
     for part in ("task", "aux", "all"):
@@ -163,7 +207,9 @@ def gradients(model, cfg, examples, folder):
             loss = {"task": losses["task"], "aux": aux, "all": total}[part]
             if torch.is_tensor(loss) and loss.requires_grad:
                 loss.backward()
-        found[part] = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        found[part] = {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None
+        }
     return found
 
 
@@ -199,12 +245,17 @@ def test_the_loss_of_whole_sequences(llama, tokenizer, config):
     assert torch.equal(batch["labels"], labels) and torch.equal(batch["prompt_mask"], response["prompt_mask"])
     assert torch.equal(response["labels"], labels.masked_fill(batch["prompt_mask"], -100))
     expected = llama(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
-    found = answer_nll(batches.forward(llama, batch, batch["kept"]), labels[:, -batch["kept"] :]) / (labels[:, 1:] != -100).sum()
+    found = (
+        answer_nll(batches.forward(llama, batch, batch["kept"]), labels[:, -batch["kept"] :])
+        / (labels[:, 1:] != -100).sum()
+    )
     torch.testing.assert_close(found, expected)
 
 
 def test_training_rows_carry_the_number_of_their_skill(tokenizer, config):
-    given = [dict(row, skill=skill) for row, skill in zip(rows(config()), ("b", "a", None, "c"), strict=False)]
+    given = [
+        dict(row, skill=skill) for row, skill in zip(rows(config()), ("b", "a", None, "c"), strict=False)
+    ]
     examples, _ = encode_rows(tokenizer, given, config(), skills=("a", "b"))
     assert [example.skill for example in examples] == [1, 0, -1, -1]
 
@@ -280,9 +331,13 @@ def test_adapters_and_whole_models_have_their_own_learning_rate(name, rate, atta
 def test_weight_decay_leaves_out_what_says_so(llama, config, tmp_path):
     llama.model.layers[0].mlp.up_proj.weight.no_weight_decay = True
     llama.model.register_parameter("gate_no_weight_decay", torch.nn.Parameter(torch.ones(3)))
-    decayed = MixtureTrainer(model=llama, args=_arguments(llama, config(), 1, tmp_path)).get_decay_parameter_names(llama)
+    decayed = MixtureTrainer(
+        model=llama, args=_arguments(llama, config(), 1, tmp_path)
+    ).get_decay_parameter_names(llama)
     assert "model.layers.1.mlp.up_proj.weight" in decayed
-    assert not {"model.layers.0.mlp.up_proj.weight", "model.gate_no_weight_decay", "model.norm.weight"} & set(decayed)
+    assert not {"model.layers.0.mlp.up_proj.weight", "model.gate_no_weight_decay", "model.norm.weight"} & set(
+        decayed
+    )
 
 
 def test_every_row_is_seen_once_a_pass_in_batches_of_like_length():
@@ -293,7 +348,10 @@ def test_every_row_is_seen_once_a_pass_in_batches_of_like_length():
     counts = np.bincount(order, minlength=1003)
     assert counts.min() >= 2 and counts.max() <= 3  # 2016 = 2 passes and 10 examples of the third
     assert order == batches.training_order(lengths, 16, 126, 3) != batches.training_order(lengths, 16, 126, 4)
-    spread = [max(lengths[i] for i in order[j : j + 16]) - min(lengths[i] for i in order[j : j + 16]) for j in range(0, 2016, 16)]
+    spread = [
+        max(lengths[i] for i in order[j : j + 16]) - min(lengths[i] for i in order[j : j + 16])
+        for j in range(0, 2016, 16)
+    ]
     assert np.median(spread) <= 5
 
 
@@ -302,7 +360,9 @@ def test_long_prompts_lose_their_beginning_and_are_counted(tokenizer, config):
     examples, cut = encode_rows(tokenizer, rows(cfg), cfg)
     whole, _ = encode_rows(tokenizer, rows(cfg), config(max_length=4096))
     assert cut == sum(len(e.ids) > 16 for e in whole) > 0
-    assert all(e.ids == w.ids[-16:] and 1 <= e.start < len(e.ids) for e, w in zip(examples, whole, strict=True))
+    assert all(
+        e.ids == w.ids[-16:] and 1 <= e.start < len(e.ids) for e, w in zip(examples, whole, strict=True)
+    )
 
 
 def test_epochs_are_whole_passes(attached, tokenizer, config, tmp_path):

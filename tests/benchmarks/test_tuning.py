@@ -1,4 +1,5 @@
-"""`train.lr_grid`: equal trials on held-out training rows, the best rate then trains, and the reported split is met once.
+"""`train.lr_grid`: equal trials on held-out training rows, the best rate then trains, and the reported split
+is met once.
 
 Run: python -m pytest tests/benchmarks/test_tuning.py
 """
@@ -14,7 +15,15 @@ from moabench.benchmarks.data import is_held_out, load_rows, reported_rows
 from moabench.benchmarks.files import RunError, read_json
 from moabench.methods.spec import ConfigError
 
-SMALL = ["model=random_tiny", "train=smoke", "task=arc_easy", "logger=none", "forgetting=none", "probe.times=0", "device=cpu"]
+SMALL = [
+    "model=random_tiny",
+    "train=smoke",
+    "task=arc_easy",
+    "logger=none",
+    "forgetting=none",
+    "probe.times=0",
+    "device=cpu",
+]
 OWN = (*housekeeping.MEASURED, "tuning/")
 
 
@@ -24,7 +33,9 @@ def small(tmp_path, *more):
 
 def test_a_tenth_of_the_training_rows_is_held_out_whatever_their_number():
     cfg = composed("task=arc").data
-    few = [row["id"] for row in load_rows("arc_easy", "train", replace(cfg, train_limit=300)) if is_held_out(row)]
+    few = [
+        row["id"] for row in load_rows("arc_easy", "train", replace(cfg, train_limit=300)) if is_held_out(row)
+    ]
     many = [row["id"] for row in load_rows("arc_easy", "train", cfg) if is_held_out(row)]
     rows = len(load_rows("arc_easy", "train", cfg))
     assert many[: len(few)] == few and 0.08 < len(many) / rows < 0.12
@@ -42,7 +53,8 @@ def test_held_out_rows_are_evaluated_and_not_trained_on(tmp_path):
 
 
 def test_the_best_rate_trains_and_the_test_split_is_met_once(tmp_path, monkeypatch):
-    """The result is that of a run with this rate and no grid; before the last training nothing reads the test split but its fingerprint."""
+    """The result is that of a run with this rate and no grid; before the last training nothing reads the test
+    split but its fingerprint."""
     seen = []
     load = data.load_rows
 
@@ -60,7 +72,9 @@ def test_the_best_rate_trains_and_the_test_split_is_met_once(tmp_path, monkeypat
     assert record["chosen"] == best["lr"] == outcome.metrics["tuning/lr"]
     plain = experiment.run(small(tmp_path / "plain", f"train.lr={best['lr']}", "method=molora"))
     kept = {key: value for key, value in outcome.metrics.items() if not any(word in key for word in OWN)}
-    assert kept == {key: value for key, value in plain.metrics.items() if not any(word in key for word in OWN)}
+    assert kept == {
+        key: value for key, value in plain.metrics.items() if not any(word in key for word in OWN)
+    }
     assert not experiment.run(cfg).ran
 
 
@@ -76,13 +90,21 @@ def _fake(accuracies):
 
 @pytest.mark.parametrize(
     ("accuracies", "chosen"),
-    [({1e-3: 0.3, 2e-3: 0.5, 4e-3: 0.4}, 2e-3), ({4e-3: 0.5, 1e-3: 0.5}, 1e-3), ({1e-3: 0.3, 2e-3: None}, 1e-3)],
+    [
+        ({1e-3: 0.3, 2e-3: 0.5, 4e-3: 0.4}, 2e-3),
+        ({4e-3: 0.5, 1e-3: 0.5}, 1e-3),
+        ({1e-3: 0.3, 2e-3: None}, 1e-3),
+    ],
 )
 def test_which_rate_is_taken(accuracies, chosen, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "run", _fake(accuracies))
-    cfg = small(tmp_path, f"train.lr_grid={list(accuracies)}", "method=full", "train.lr=1e-3", "train.lr_full=2e-4")
+    cfg = small(
+        tmp_path, f"train.lr_grid={list(accuracies)}", "method=full", "train.lr=1e-3", "train.lr_full=2e-4"
+    )
     after, metrics = tuning.tuned(cfg, tmp_path)
-    assert after.train.lr == chosen == metrics["tuning/lr"] and after.train.lr_full == pytest.approx(chosen / 5)
+    assert after.train.lr == chosen == metrics["tuning/lr"] and after.train.lr_full == pytest.approx(
+        chosen / 5
+    )
     reasons = [trial["reason"] for trial in read_json(tmp_path / "tuning.json")["trials"]]
     assert [reason is None for reason in reasons] == [value is not None for value in accuracies.values()]
 

@@ -1,8 +1,8 @@
 """The built-in world and its commonsense tasks, checked by a reader that knows only its text.
 
-`read` parses corpus sentences with the lexicon's patterns and never sees how the world was drawn; every row of every commonsense task is
-then answered from what it read. The math tasks and the conflict tasks have test files of their own. Run:
-pytest tests/benchmarks/test_world.py
+`read` parses corpus sentences with the lexicon's patterns and never sees how the world was drawn; every row
+of every commonsense task is then answered from what it read. The math tasks and the conflict tasks have test
+files of their own. Run: pytest tests/benchmarks/test_world.py
 """
 
 import re
@@ -15,17 +15,39 @@ import torch
 import yaml
 
 from moabench.benchmarks import world
-from moabench.benchmarks.world import LIMITS, MODEL, SPLITS, TASKS, Axes, WorldConfig, content_hash, corpus, corpus_hash, rows
+from moabench.benchmarks.world import (
+    LIMITS,
+    MODEL,
+    SPLITS,
+    TASKS,
+    Axes,
+    WorldConfig,
+    content_hash,
+    corpus,
+    corpus_hash,
+    rows,
+)
 from moabench.benchmarks.world.facts import LEXICON, build_world
 from moabench.benchmarks.world.text import BUCKETS
 from moabench.methods.spec import ConfigError
 
 ARC = ("arc_easy", "arc_challenge")
-OPTIONS = {"boolq": 2, "piqa": 2, "winogrande": 2, "siqa": 3, "hellaswag": 4, "openbookqa": 4, "commonsenseqa": 5} | dict.fromkeys(ARC, 4)
+OPTIONS = {
+    "boolq": 2,
+    "piqa": 2,
+    "winogrande": 2,
+    "siqa": 3,
+    "hellaswag": 4,
+    "openbookqa": 4,
+    "commonsenseqa": 5,
+} | dict.fromkeys(ARC, 4)
 COMMONSENSE = tuple(sorted(OPTIONS))
 SMALL = WorldConfig(entities_per_kind=8)
 PARAGRAPHS = 30_000  # about 40 an entity of the small world
-DOMAINS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (LEXICON / "domains").glob("*.yaml")}
+DOMAINS = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in (LEXICON / "domains").glob("*.yaml")
+}
 RELATIONS = {domain: {**entry["inherited"], **entry["own"]} for domain, entry in DOMAINS.items()}
 FILES = ("names", "reading", "reverse", "links", "goals", "scripts", "events", "twins", "openbook")
 LEX = {name: yaml.safe_load((LEXICON / f"{name}.yaml").read_text(encoding="utf-8")) for name in FILES}
@@ -49,7 +71,8 @@ def pattern(template, **groups):
 
 
 def read_sentence(sentence):
-    """(subject, relation, value), with relation `kind` for "x is a finch"; None for a sentence of another sort."""
+    """(subject, relation, value), with relation `kind` for "x is a finch"; None for a sentence of another
+    sort."""
     words = MARGIN.sub("", sentence.replace(" an ", " a ")).split()
     start = 1 if words[0].lower() in ("the", "every", "each", "a", "an") else 0
     if start >= len(words):
@@ -68,7 +91,11 @@ def read_sentence(sentence):
 def read(paragraphs):
     """{subject: {relation: {values}}} of the paragraphs; a pronoun stands for the subject named last."""
     known = defaultdict(lambda: defaultdict(set))
-    owned = [pattern(form, p=r"(?P<p>\w+)", e=r"(?:the )?(?P<e>\w+)") for entry in LEX["links"].values() for form in entry["statements"]]
+    owned = [
+        pattern(form, p=r"(?P<p>\w+)", e=r"(?:the )?(?P<e>\w+)")
+        for entry in LEX["links"].values()
+        for form in entry["statements"]
+    ]
     for paragraph in paragraphs:
         topic = None
         for sentence in sentences(paragraph):
@@ -116,7 +143,8 @@ def right(row):
 
 
 @pytest.mark.parametrize(
-    ("task", "hops"), [("arc_easy", 1), ("arc_easy", 2), ("arc_challenge", 1), ("arc_challenge", 2), ("arc_challenge", 3)]
+    ("task", "hops"),
+    [("arc_easy", 1), ("arc_easy", 2), ("arc_challenge", 1), ("arc_challenge", 2), ("arc_challenge", 3)],
 )
 def test_arc_follows_from_the_corpus_in_as_many_hops(task, hops):
     known = known_of(0)
@@ -130,7 +158,9 @@ def test_arc_follows_from_the_corpus_in_as_many_hops(task, hops):
             stated = task == "arc_easy" or hops == 1
             assert (relation in known[entity]) == stated, f"{split}, linked={linked}: {row}"
             assert right(row) == only(known[entity if stated else kind][relation]), row
-            assert len(set(row["choices"])) == 4 and set(row["choices"]) <= set(RELATIONS[row["domain"]][relation]["values"])
+            assert len(set(row["choices"])) == 4 and set(row["choices"]) <= set(
+                RELATIONS[row["domain"]][relation]["values"]
+            )
 
 
 def test_distractors_of_one_hop_questions_are_true_of_siblings():
@@ -140,22 +170,31 @@ def test_distractors_of_one_hop_questions_are_true_of_siblings():
             for relation, values in facts.items():
                 siblings[kind, relation] |= values
     for row in small_rows("arc_easy"):
-        assert set(row["choices"]) <= siblings[only(known[named(row, known)]["kind"]), row["skill"].split(":")[1]]
+        assert (
+            set(row["choices"])
+            <= siblings[only(known[named(row, known)]["kind"]), row["skill"].split(":")[1]]
+        )
 
 
-@pytest.mark.parametrize(("task", "hops"), [("piqa", 1), ("piqa", 2), ("openbookqa", None), ("openbookqa", 1), ("openbookqa", 2)])
+@pytest.mark.parametrize(
+    ("task", "hops"), [("piqa", 1), ("piqa", 2), ("openbookqa", None), ("openbookqa", 1), ("openbookqa", 2)]
+)
 def test_goals_need_what_the_kind_passes_on(task, hops):
     known, given = known_of(0), Counter()
     for row in small_rows(task, hops=hops):
         kind, relation = only(known[named(row, known)]["kind"]), row["skill"].split(":")[-1]
         values = RELATIONS[row["domain"]][relation]["values"]
         found = [only(set(re.findall(r"\w+", choice)) & set(values)) for choice in row["choices"]]
-        assert [value == only(known[kind][relation]) for value in found] == [i == row["label"] for i in range(len(found))], row
+        assert [value == only(known[kind][relation]) for value in found] == [
+            i == row["label"] for i in range(len(found))
+        ], row
         if task == "piqa":
             assert (kind in row["question"]) == (hops == 1)
         elif book := row.get("context"):
             told = {subject: value for subject, _, value in map(read_sentence, sentences(book))}
-            assert told[kind] == right(row) and len(told) == len(set(told.values()) & set(row["choices"])) == 3
+            assert (
+                told[kind] == right(row) and len(told) == len(set(told.values()) & set(row["choices"])) == 3
+            )
             assert all({value} == known[other][relation] for other, value in told.items())
         given[row["skill"].split(":")[1], bool(row.get("context"))] += 1
     if task == "openbookqa":
@@ -165,13 +204,18 @@ def test_goals_need_what_the_kind_passes_on(task, hops):
 
 def test_passages_answer_their_question_and_are_not_in_the_corpus():
     known, seen = known_of(0), set(re.findall(r"\w+", "\n".join(text(0)).lower()))
-    start, truths = "|".join(re.escape(form.removesuffix("{c}?")) for form in LEX["reading"]["questions"]), Counter()
+    start, truths = (
+        "|".join(re.escape(form.removesuffix("{c}?")) for form in LEX["reading"]["questions"]),
+        Counter(),
+    )
     for split in SPLITS:
         for row in small_rows("boolq", split):
             told = read([row["context"]])
             subject, relation, value = read_sentence(re.fullmatch(rf"(?:{start})(.*)\?", row["question"])[1])
             skill = row["skill"].removeprefix("read:")
-            truth = only(told[subject][relation] if skill != "kind" else known[only(told[subject]["kind"])][relation])
+            truth = only(
+                told[subject][relation] if skill != "kind" else known[only(told[subject]["kind"])][relation]
+            )
             assert row["choices"] == ["false", "true"] and row["label"] == (value == truth), row
             assert len(told) == (2 if skill == "pair" else 1) or skill == "pair", row
             assert not set(told) & seen and (skill == "kind") == (relation not in told[subject])
@@ -190,18 +234,28 @@ def test_concepts_have_one_answer():
     for split in SPLITS:
         for row in small_rows("commonsenseqa", split):
             clauses = re.match(
-                rf"(?:Which of these|Which one is the (?:{nouns}) that|Some (?:{nouns})) (.+?) and ([^.?]+)[.?]", row["question"]
+                rf"(?:Which of these|Which one is the (?:{nouns}) that|Some (?:{nouns})) (.+?) and "
+                r"([^.?]+)[.?]",
+                row["question"],
             )
             given = [read_sentence(f"x {clause}")[1:] for clause in clauses.groups()]
-            fitting = [k for k in kinds if KINDS[k] == row["domain"] and all(kinds[k].get(r) == v for r, v in given)]
+            fitting = [
+                k for k in kinds if KINDS[k] == row["domain"] and all(kinds[k].get(r) == v for r, v in given)
+            ]
             sort, relation = row["skill"].split(":")
             answers = fitting if sort == "which" else {kinds[kind][relation] for kind in fitting}
-            assert only(set(row["choices"]) & set(answers)) == right(row) and len(set(row["choices"])) == 5, row
+            assert only(set(row["choices"]) & set(answers)) == right(row) and len(set(row["choices"])) == 5, (
+                row
+            )
 
 
 def events_read():
     """{event wording: {aspect: answer}} from the corpus."""
-    forms = {(aspect, pattern(f, v="(?P<v>.+)", p=r"\w+")) for aspect, e in LEX["events"]["aspects"].items() for f in e["statements"]}
+    forms = {
+        (aspect, pattern(f, v="(?P<v>.+)", p=r"\w+"))
+        for aspect, e in LEX["events"]["aspects"].items()
+        for f in e["statements"]
+    }
     found = defaultdict(lambda: defaultdict(set))
     for paragraph in text(0, 4 * PARAGRAPHS):  # events are told rarely
         first, *rest = sentences(paragraph)
@@ -223,9 +277,15 @@ def test_feelings_wishes_and_reasons_are_told_in_the_corpus():
     for split in SPLITS:
         for row in small_rows("siqa", split):
             event, aspect = neutral(row["context"]), row["skill"].removeprefix("social:")
-            assert [choice in known[event][aspect] for choice in row["choices"]] == [i == row["label"] for i in range(3)], row
+            assert [choice in known[event][aspect] for choice in row["choices"]] == [
+                i == row["label"] for i in range(3)
+            ], row
             seen[split] |= {event, *row["choices"]} if aspect != "feeling" else {event}
-    assert not seen["train"] & seen["test"] and not seen["train"] & seen["validation"] and not seen["test"] & seen["validation"]
+    assert (
+        not seen["train"] & seen["test"]
+        and not seen["train"] & seen["validation"]
+        and not seen["test"] & seen["validation"]
+    )
 
 
 def test_the_next_step_is_the_next_in_the_corpus():
@@ -233,7 +293,11 @@ def test_the_next_step_is_the_next_in_the_corpus():
     for paragraph in text(0):
         first, *rest = sentences(paragraph)
         match = re.fullmatch(rf"(?:One day )?({'|'.join(PEOPLE)}) (.+)", first)
-        steps = [re.fullmatch(rf"(?:(?:Then|Next|After that) )?{match[1]} (.+)", sentence) for sentence in rest] if match else []
+        steps = (
+            [re.fullmatch(rf"(?:(?:Then|Next|After that) )?{match[1]} (.+)", sentence) for sentence in rest]
+            if match
+            else []
+        )
         if len(steps) > 2 and all(steps):
             orders[match[2]] = max(orders[match[2]], [step[1] for step in steps], key=len)
     forms = [pattern(form, p=r"\w+") for form in LEX["scripts"]["questions"]]
@@ -255,7 +319,10 @@ def roles(event, sides):
 
 def test_traits_are_told_in_the_corpus_and_twins_are_opposite():
     side = rf"({'|'.join(PEOPLE)}|the \w+)"
-    forms = rf"(.+?)(?:, and|\.) (?P<x>{side}) was (?P<t>\w+)", rf"(.+?)\. the (?:one who was )?(?P<t>\w+)(?: one)? was (?P<x>{side})"
+    forms = (
+        rf"(.+?)(?:, and|\.) (?P<x>{side}) was (?P<t>\w+)",
+        rf"(.+?)\. the (?:one who was )?(?P<t>\w+)(?: one)? was (?P<x>{side})",
+    )
     forms = [re.compile(rf"{form}\. (?P<y>{side}) was (?P<u>\w+)", re.IGNORECASE) for form in forms]
     known = defaultdict(dict)
     for paragraph in text(0):
@@ -287,7 +354,12 @@ def test_splits_share_no_entity_no_event_and_no_question(seed, monkeypatch):
         for split in SPLITS:
             some = rows(task, split, seed)
             asked[split] = {normal(f"{row.get('context', '')} {row['question']}") for row in some}
-            found[split] = {word for row in some for word in re.findall(r"\w+", row["question"]) if word in names or word.lower() in names}
+            found[split] = {
+                word
+                for row in some
+                for word in re.findall(r"\w+", row["question"])
+                if word in names or word.lower() in names
+            }
             found[split] |= {shape for row in some if (shape := SHAPES.get(task, lambda row: None)(row))}
         for one, other in combinations(SPLITS, 2):
             assert not asked[one] & asked[other] and not found[one] & found[other], f"{task}: {one}, {other}"
@@ -301,8 +373,12 @@ def normal(question):
 SHAPES = {  # what a question is about, besides names
     "siqa": lambda row: neutral(row["context"]),
     "hellaswag": lambda row: right(row),
-    "boolq": lambda row: re.search(r"(?:the )?(\w+)", re.sub("Is it true that |Can one say that ", "", row["question"]))[1],
-    "winogrande": lambda row: re.sub("|".join(row["choices"]), "", re.split(" because|, so", row["question"])[0], flags=re.I),
+    "boolq": lambda row: re.search(
+        r"(?:the )?(\w+)", re.sub("Is it true that |Can one say that ", "", row["question"])
+    )[1],
+    "winogrande": lambda row: re.sub(
+        "|".join(row["choices"]), "", re.split(" because|, so", row["question"])[0], flags=re.I
+    ),
 }
 
 
@@ -312,16 +388,30 @@ def test_knowing_how_common_answers_are_is_worth_nothing(task):
     found = rows(task, "test")
     chance = 1 / OPTIONS[task]
     for sign in (1, -1):
-        guesses = [max(row["choices"], key=lambda value: sign * common[row["domain"], row["skill"], value]) for row in found]
+        guesses = [
+            max(row["choices"], key=lambda value: sign * common[row["domain"], row["skill"], value])
+            for row in found
+        ]
         hits = sum(guess == right(row) for guess, row in zip(guesses, found, strict=True))
         assert hits / len(found) < chance + 4 * (chance * (1 - chance) / len(found)) ** 0.5
 
 
 def test_the_corpus_never_asks():
-    forms = {form for relations in RELATIONS.values() for spec in relations.values() for form in spec["questions"]}
+    forms = {
+        form for relations in RELATIONS.values() for spec in relations.values() for form in spec["questions"]
+    }
     forms |= {form for entry in LEX["events"]["aspects"].values() for form in entry["questions"]}
-    forms |= {goal for entry in LEX["goals"].values() for spec in entry.values() for goal in spec["goals"] + spec["solutions"]}
-    forms |= {*LEX["scripts"]["questions"], *LEX["twins"]["questions"].values(), *LEX["openbook"]["questions"]}
+    forms |= {
+        goal
+        for entry in LEX["goals"].values()
+        for spec in entry.values()
+        for goal in spec["goals"] + spec["solutions"]
+    }
+    forms |= {
+        *LEX["scripts"]["questions"],
+        *LEX["twins"]["questions"].values(),
+        *LEX["openbook"]["questions"],
+    }
     forms |= {*LEX["reading"]["questions"], *LEX["reverse"]["kinds"], *LEX["reverse"]["concepts"]}
     pieces = {max(re.split(r"\{\w\}", form), key=len).strip(" ,?.").lower() for form in forms}
     lower = "\n".join(text(0)).lower()
@@ -343,8 +433,14 @@ def test_rows_are_many_complete_and_balanced(task):
     for split in SPLITS:
         found = rows(task, split)
         assert len(found) == LIMITS[split] and len({row["id"] for row in found}) == len(found)
-        assert all({"question", "choices", "label", "skill", "domain"} <= set(row) and row["skill"] and row["domain"] for row in found)
-        assert all(len(row["choices"]) == OPTIONS.get(task, len(row["choices"])) == len(set(row["choices"])) for row in found)
+        assert all(
+            {"question", "choices", "label", "skill", "domain"} <= set(row) and row["skill"] and row["domain"]
+            for row in found
+        )
+        assert all(
+            len(row["choices"]) == OPTIONS.get(task, len(row["choices"])) == len(set(row["choices"]))
+            for row in found
+        )
         counts = Counter((len(row["choices"]), row["label"]) for row in found)
         for options in {n for n, _ in counts}:
             each = [counts[options, label] for label in range(options)]
@@ -367,7 +463,13 @@ def test_axis_hops_of_passages():
 
 
 @pytest.mark.parametrize(
-    ("task", "axes"), [("arc_easy", {"hops": 3}), ("arc_challenge", {"hops": 4}), ("boolq", {"facts": 9}), ("piqa", {"hops": 3})]
+    ("task", "axes"),
+    [
+        ("arc_easy", {"hops": 3}),
+        ("arc_challenge", {"hops": 4}),
+        ("boolq", {"facts": 9}),
+        ("piqa", {"hops": 3}),
+    ],
 )
 def test_an_axis_outside_a_tasks_choice_is_an_error(task, axes):
     with pytest.raises(ConfigError, match=f"axes.{only(axes)}={only(axes.values())}: expected one of 1, 2"):
@@ -388,7 +490,11 @@ def test_same_seed_same_world_other_seed_other_world():
 
     first = draw()
     assert first == draw()
-    assert corpus_hash(1, SMALL, 200) != first[0] != corpus_hash(0, WorldConfig(told_share=0.3, entities_per_kind=8), 200)
+    assert (
+        corpus_hash(1, SMALL, 200)
+        != first[0]
+        != corpus_hash(0, WorldConfig(told_share=0.3, entities_per_kind=8), 200)
+    )
     assert small_rows("arc_easy")[:7] == rows("arc_easy", "test", n=7, config=SMALL)
 
 
@@ -410,7 +516,9 @@ def test_dials_act():
     assert set(told) == {0}
 
 
-@pytest.mark.parametrize(("task", "split", "hint"), [("arc_esy", "test", "arc_easy"), ("addsub", "valid", "validation")])
+@pytest.mark.parametrize(
+    ("task", "split", "hint"), [("arc_esy", "test", "arc_easy"), ("addsub", "valid", "validation")]
+)
 def test_errors_name_the_nearest(task, split, hint):
     with pytest.raises(ConfigError, match=f"Did you mean '{hint}'"):
         rows(task, split)
@@ -421,17 +529,29 @@ def tiny():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(1)
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(MODEL)
+    return AutoModelForCausalLM.from_pretrained(
+        MODEL, dtype=torch.float32
+    ).eval(), AutoTokenizer.from_pretrained(MODEL)
 
 
 def test_shipped_files_are_small_and_name_no_place():
     assert (MODEL / "model.safetensors").stat().st_size <= 12e6
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"):
-        assert "/home/" not in (MODEL / name).read_text(encoding="utf-8") and "/tmp/" not in (MODEL / name).read_text(encoding="utf-8")
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    ):
+        assert "/home/" not in (MODEL / name).read_text(encoding="utf-8") and "/tmp/" not in (
+            MODEL / name
+        ).read_text(encoding="utf-8")
 
 
 def test_model_card_names_this_world():
-    assert corpus_hash() in (MODEL / "README.md").read_text(encoding="utf-8"), "the corpus changed: run pretrain and calibrate again"
+    assert corpus_hash() in (MODEL / "README.md").read_text(encoding="utf-8"), (
+        "the corpus changed: run pretrain and calibrate again"
+    )
 
 
 def test_tokenizer_round_trips_and_keeps_pad_out_of_text(tiny):
@@ -459,5 +579,8 @@ def test_pretraining_repeats_exactly_and_writes_a_loadable_folder(tmp_path):
     save(model, tokenizer, tmp_path, recipe, report)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    assert AutoTokenizer.from_pretrained(tmp_path)("The finch eats").input_ids == tokenizer("The finch eats").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path)("The finch eats").input_ids
+        == tokenizer("The finch eats").input_ids
+    )
     assert report["corpus hash"] in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """The math tasks of the built-in world, checked by a reader with a parser and an evaluator of its own.
 
-Equations are parsed as Python expressions, worked solutions and the corpus with regular expressions; nothing is taken from the code that
-wrote them but the rows. Run: pytest tests/benchmarks/test_world_math.py
+Equations are parsed as Python expressions, worked solutions and the corpus with regular expressions; nothing
+is taken from the code that wrote them but the rows. Run: pytest tests/benchmarks/test_world_math.py
 """
 
 import ast
@@ -23,13 +23,24 @@ from moabench.benchmarks.world.forms import arithmetic
 from moabench.methods.spec import ConfigError
 
 TASKS = ("addsub", "singleeq", "multiarith", "svamp", "mawps", "gsm8k", "aqua", "mathqa")
-STEPS = {"addsub": {1}, "singleeq": {1}, "svamp": {1}, "multiarith": {2}, "aqua": {2}, "mawps": {1, 2}, "mathqa": {1, 2}, "gsm8k": {2, 3}}
+STEPS = {
+    "addsub": {1},
+    "singleeq": {1},
+    "svamp": {1},
+    "multiarith": {2},
+    "aqua": {2},
+    "mawps": {1, 2},
+    "mathqa": {1, 2},
+    "gsm8k": {2, 3},
+}
 LETTERED = ("aqua", "mathqa")
 SEEDS = range(20)
 WORDS = yaml.safe_load((LEXICON / "stories.yaml").read_text(encoding="utf-8"))
 NAMES = {name: split for split, names in WORDS["names"].items() for name in names}
 SUM = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
-IN_WORDS = re.compile(r"(\d+) (plus|and|minus|less|times|divided by|taken from) (\d+) (?:is|makes?|leaves) (\d+)\.")
+IN_WORDS = re.compile(
+    r"(\d+) (plus|and|minus|less|times|divided by|taken from) (\d+) (?:is|makes?|leaves) (\d+)\."
+)
 SIGN_OF_WORD = {"plus": "+", "and": "+", "minus": "-", "less": "-", "times": "*", "divided by": "/"}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: Fraction}
 SIGN_OF = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
@@ -37,7 +48,8 @@ SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
 def evaluate(node, steps):
-    """Value of a parsed expression; appends (left, sign, right, result) of every operation, inner ones first."""
+    """Value of a parsed expression; appends (left, sign, right, result) of every operation, inner ones
+    first."""
     if isinstance(node, ast.Constant):
         return node.value
     left, right = evaluate(node.left, steps), evaluate(node.right, steps)
@@ -82,14 +94,18 @@ def test_every_equation_solution_and_answer_is_right(task, split):
         assert steps[-1][-1] == result == answer_of(row), row
         assert row["answer"] == ("ABCDE"[row["label"]] if task in LETTERED else str(result)), row
         told = [(int(a), sign, int(b), int(c)) for a, sign, b, c in SUM.findall(row["solution"])]
-        assert told == list(steps), row  # the equation's operations, in their order, each with its true result
+        assert told == list(steps), (
+            row
+        )  # the equation's operations, in their order, each with its true result
         assert len(row["solution"].split("\n")) == len(steps) in STEPS[task], row
         assert len(row["skill"].split(">")) == len(steps) and "answer is" not in row["solution"]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_numbers_stay_in_their_range(task):
-    for left, sign, right, value in {step for split in SPLITS for row in rows(task, split) for step in steps_of(row["equation"])[0]}:
+    for left, sign, right, value in {
+        step for split in SPLITS for row in rows(task, split) for step in steps_of(row["equation"])[0]
+    }:
         assert value == int(value) and 2 <= value <= 100
         if sign in "+-":
             assert 2 <= left <= 20 and 2 <= right <= 20
@@ -111,7 +127,10 @@ def test_a_skill_has_its_operation(task):
 def test_the_question_has_the_numbers_of_the_equation_and_svamp_one_more(task):
     for split in SPLITS:
         for row in rows(task, split):
-            asked, used = Counter(numbers_of(row["question"])), Counter(numbers_of(row["equation"].split("=")[0]))
+            asked, used = (
+                Counter(numbers_of(row["question"])),
+                Counter(numbers_of(row["equation"].split("=")[0])),
+            )
             assert used <= asked, row
             assert (asked - used).total() == (1 if task == "svamp" else 0), row
 
@@ -121,7 +140,9 @@ def test_the_question_has_the_numbers_of_the_equation_and_svamp_one_more(task):
 def test_options_are_different_positive_and_balanced(task, split):
     found, options = rows(task, split), 5 if task in LETTERED else 4
     for row in found:
-        assert len(row["choices"]) == len(set(row["choices"])) == options and all(int(choice) > 0 for choice in row["choices"])
+        assert len(row["choices"]) == len(set(row["choices"])) == options and all(
+            int(choice) > 0 for choice in row["choices"]
+        )
     counts = Counter(row["label"] for row in found)
     assert set(counts) == set(range(options)) and max(counts.values()) - min(counts.values()) <= 1
 
@@ -131,15 +152,18 @@ def test_rows_are_many_and_complete(task):
     for split in SPLITS:
         found = rows(task, split)
         assert len(found) == LIMITS[split] == len({row["question"] for row in found})
-        assert all(row["skill"] and row["domain"] for row in found) and len({row["domain"] for row in found}) >= 4
+        assert (
+            all(row["skill"] and row["domain"] for row in found)
+            and len({row["domain"] for row in found}) >= 4
+        )
     if task == "mathqa":
         assert {row["category"] for row in rows(task, "test")} == {"gain", "rate", "share", "general"}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_splits_share_no_name_and_no_step_in_any_task(seed, monkeypatch):
-    """All math tasks together: a pair of numbers that some step of a test question works on is in no step of a training question. Full
-    size for the first seed, a prefix of each split for the others."""
+    """All math tasks together: a pair of numbers that some step of a test question works on is in no step of
+    a training question. Full size for the first seed, a prefix of each split for the others."""
     if seed:
         monkeypatch.setattr(arithmetic, "SIZES", {"train": 500, "validation": 100, "test": 300})
     pairs, names, skills = defaultdict(set), defaultdict(set), defaultdict(set)
@@ -173,8 +197,15 @@ def test_axis_facts_is_the_number_of_sentences_that_svamp_does_not_need(facts):
     for row in rows("svamp", "test", axes=Axes(facts=facts), n=300):
         *sentences, question = re.split(r"(?<=[.?]) ", row["question"])
         used = numbers_of(row["equation"].split("=")[0])
-        assert len(sentences) == 2 + facts and all(len(numbers_of(sentence)) == 1 for sentence in sentences) and not numbers_of(question)
-        assert Counter(used) <= Counter(numbers_of(" ".join(sentences))) and answer_of(row) == steps_of(row["equation"])[1]
+        assert (
+            len(sentences) == 2 + facts
+            and all(len(numbers_of(sentence)) == 1 for sentence in sentences)
+            and not numbers_of(question)
+        )
+        assert (
+            Counter(used) <= Counter(numbers_of(" ".join(sentences)))
+            and answer_of(row) == steps_of(row["equation"])[1]
+        )
 
 
 @pytest.mark.parametrize("task", ["multiarith", "mawps", "gsm8k", "aqua"])
@@ -183,7 +214,9 @@ def test_axis_hops_is_the_number_of_steps(task, hops):
     found = {split: rows(task, split, axes=Axes(hops=hops)) for split in ("train", "test")}
     for row in found["test"]:
         assert len(steps_of(row["equation"])[0]) == hops and answer_of(row) == steps_of(row["equation"])[1]
-    assert len(found["test"]) >= 300 and {row["skill"] for row in found["test"]} == {row["skill"] for row in found["train"]}
+    assert len(found["test"]) >= 300 and {row["skill"] for row in found["test"]} == {
+        row["skill"] for row in found["train"]
+    }
 
 
 def test_an_axis_outside_the_choice_is_an_error():
@@ -210,7 +243,9 @@ def test_corpus_sums_are_true_and_cover_every_fact_that_is_asked():
 def test_statements_of_the_corpus_are_true():
     """A story of one step that states its result in words."""
     fitting = {
-        re.compile(re.sub(r"\\\{([abr])\\\}", repeatable(), re.sub(r"\\\{[pqo]\\\}", r"\\w+", re.escape(text)))): SIGNS[entry["operation"]]
+        re.compile(
+            re.sub(r"\\\{([abr])\\\}", repeatable(), re.sub(r"\\\{[pqo]\\\}", r"\\w+", re.escape(text)))
+        ): SIGNS[entry["operation"]]
         for entry in WORDS["skills"].values()
         for text in entry["statements"]
     }
@@ -244,7 +279,11 @@ def test_the_corpus_never_asks():
     text = "\n".join(paragraphs())
     assert "?" not in text and "Find" not in text and "Question" not in text and "answer" not in text.lower()
     manners = {"asked", "questions", "ask", "sentences"}
-    asked = [form for path, form in wordings(WORDS) if manners & set(path) and path[-1] not in ("skill", "sum", "line")]
+    asked = [
+        form
+        for path, form in wordings(WORDS)
+        if manners & set(path) and path[-1] not in ("skill", "sum", "line")
+    ]
     assert len(asked) > 100
     told = re.sub(r"\d+", "#", re.sub(r"\b(?:" + "|".join(NAMES) + r")\b", "@", text))
     for theme in WORDS["themes"].values():
@@ -269,7 +308,8 @@ def candidates(row):
         "not in the question": set(options) - set(asked),
         "sum of all": {sum(asked)} & set(options),
         "difference of the first two": {abs(asked[0] - asked[1])} & set(options),
-        "result of one operation": {r for x, y in pairs for r in (x + y, x - y, x * y, Fraction(x, y))} & set(options),
+        "result of one operation": {r for x, y in pairs for r in (x + y, x - y, x * y, Fraction(x, y))}
+        & set(options),
     }
 
 
@@ -292,8 +332,14 @@ def test_simple_rules_are_worth_little(task):
     scores, chance = rule_scores(task), 0.2 if task in LETTERED else 0.25
     for rule in ("largest", "smallest", "central", "remote", "not in the question"):
         assert scores[rule] < chance + 0.12, scores
-    assert scores["commonest of the skill"] < 0.45, scores  # knows what must be done, and from it how large results are
-    for rule in ("sum of all", "difference of the first two", "result of one operation"):  # with one step two or more operations are left
+    assert scores["commonest of the skill"] < 0.45, (
+        scores
+    )  # knows what must be done, and from it how large results are
+    for rule in (
+        "sum of all",
+        "difference of the first two",
+        "result of one operation",
+    ):  # with one step two or more operations are left
         assert scores[rule] < (0.6 if STEPS[task] == {1} else 0.45), scores
 
 

@@ -1,4 +1,5 @@
-"""Which backend runs: what `auto` takes, what is refused, what is recorded. Run: python -m pytest tests/kernels/test_backend.py"""
+"""Which backend runs: what `auto` takes, what is refused, what is recorded. Run: python -m pytest
+tests/kernels/test_backend.py"""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ def test_auto_takes_torch_on_a_cpu_even_with_an_interpreter():
 def test_a_demanded_backend_never_gives_way(monkeypatch):
     x = torch.ones(2, 3)
     with backend.use("triton"):
-        with pytest.raises(RuntimeError, match=r"backend='triton': cannot run on cpu in float64; expected .*float32, bfloat16 or float16"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"backend='triton': cannot run on cpu in float64; expected .*float32, bfloat16 or float16",
+        ):
             lowrank.linear_shrink(x.double(), [], x.double())
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="under autocast"):
             lowrank.linear_shrink(x, [], x)
@@ -48,6 +52,11 @@ def test_use_restores_what_was_demanded():
 
 
 def test_triton_is_not_imported_before_it_runs():
-    code = "import sys, torch; from moabench.kernels import lowrank; lowrank.linear_shrink(torch.ones(2, 3), [], torch.ones(1, 3))"
-    done = subprocess.run([sys.executable, "-c", f"{code}; assert 'triton' not in sys.modules"], capture_output=True, text=True)
+    code = (
+        "import sys, torch; from moabench.kernels import lowrank; lowrank.linear_shrink(torch.ones(2, "
+        "3), [], torch.ones(1, 3))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; assert 'triton' not in sys.modules"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,5 @@
-"""The benchmark measures the right things: other code's forms against loops over tokens and experts, peers against attached methods,
-counters and goals against cases done by hand.
+"""The benchmark measures the right things: other code's forms against loops over tokens and experts, peers
+against attached methods, counters and goals against cases done by hand.
 
 Run: python -m pytest tests/kernels/test_bench.py
 """
@@ -55,14 +55,20 @@ def routing(tokens: int, experts: int, k: int, dtype: torch.dtype) -> Routing:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(("tokens", "experts", "r", "k"), [(13, 5, 4, 2), (1, 3, 4, 1), (7, 1, 8, 1), (6, 4, 4, 4)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "r", "k"), [(13, 5, 4, 2), (1, 3, 4, 1), (7, 1, 8, 1), (6, 4, 4, 4)]
+)
 @pytest.mark.parametrize("name", forms.FORMS)
 def test_every_form_is_the_equation(name, tokens, experts, r, k, shared):
     if shared and name == "grouped":
         pytest.skip("grouped GEMMs are for experts with an A each")
     torch.manual_seed(0)
     dtype = torch.float32 if name == "grouped" else torch.float64  # grouped GEMMs have no fp64
-    x, a, b = torch.randn(tokens, 8, dtype=dtype), torch.randn(r if shared else experts * r, 8, dtype=dtype), torch.randn(12, experts * r)
+    x, a, b = (
+        torch.randn(tokens, 8, dtype=dtype),
+        torch.randn(r if shared else experts * r, 8, dtype=dtype),
+        torch.randn(12, experts * r),
+    )
     b, decision = b.to(dtype), routing(tokens, experts, k, dtype)
     want = torch.zeros(tokens, 12, dtype=torch.float64)
     for t in range(tokens):
@@ -102,7 +108,9 @@ def test_rivals_of_a_mixture_agree(name):
     x, dy = (t.detach().double() for t in mixture.inputs(TINY, drawn))
     found, reasons = mixture.rivals(drawn, torch.device("cpu"), torch.float64, compiled=False)
     results = {
-        rival: mixture.gradients(f, x.clone().requires_grad_(), dy, drawn.tensors) for rival, f in found.items() if rival != "grouped"
+        rival: mixture.gradients(f, x.clone().requires_grad_(), dy, drawn.tensors)
+        for rival, f in found.items()
+        if rival != "grouped"
     }
     for rival, got in results.items():
         assert largest_error(got, results["loop"]) < 1e-10, rival
@@ -113,7 +121,10 @@ def test_rivals_of_a_mixture_agree(name):
 def test_ours_on_triton_agrees_too(name):
     drawn = mixture.draw(mixture.CASES[name], TINY)
     x, dy = mixture.inputs(TINY, drawn)
-    got, want = (mixture.gradients(partial(drawn.ours, name=backend), x, dy, drawn.tensors) for backend in ("triton", "torch"))
+    got, want = (
+        mixture.gradients(partial(drawn.ours, name=backend), x, dy, drawn.tensors)
+        for backend in ("triton", "torch")
+    )
     assert largest_error(got, want) < 1e-5
 
 
@@ -125,7 +136,10 @@ def test_inputs_leave_no_selection_to_rounding():
     assert (scores[:, 1] - scores[:, 2]).min() > 1e-4
 
 
-@pytest.mark.parametrize(("dtype", "widths", "fits"), [("bf16", (8, 1024), True), ("bf16", (4, 1024), False), ("fp32", (4, 43), False)])
+@pytest.mark.parametrize(
+    ("dtype", "widths", "fits"),
+    [("bf16", (8, 1024), True), ("bf16", (4, 1024), False), ("fp32", (4, 43), False)],
+)
 def test_grouped_gemms_that_cannot_run_say_why(dtype, widths, fits):
     why = forms.grouped_unfit({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], *widths)
     assert (why is None) == fits
@@ -148,13 +162,16 @@ def test_peers_agree_with_attached_methods(level):
 
 
 @pytest.mark.parametrize(
-    ("table", "form", "level"), [("FORMS", "gather", "linear"), ("FORMS", "loop", "block"), ("FFN_FORMS", "vanilla", "ffn")]
+    ("table", "form", "level"),
+    [("FORMS", "gather", "linear"), ("FORMS", "loop", "block"), ("FFN_FORMS", "vanilla", "ffn")],
 )
 def test_a_wrong_form_is_found(monkeypatch, table, form, level):
     right = getattr(forms, table)[form]
     monkeypatch.setitem(getattr(forms, table), form, lambda *args: right(*args) * 1.01)
     report = Report()
-    levels.check_parts(part(level), report, [n for n in levels.METHODS[level] if n in whole.PEERS], lambda name: True)
+    levels.check_parts(
+        part(level), report, [n for n in levels.METHODS[level] if n in whole.PEERS], lambda name: True
+    )
     assert any(form in line or form == "loop" for line in report.disagreements)
     assert command.finish(report, None) == 1
 
@@ -163,7 +180,9 @@ def test_a_part_runs_on_the_backend_of_its_rival():
     setting = whole.small(part("linear"))
     base = whole.llama(setting, 1)
     ours, (x, dy) = whole.attach("molora", base, setting), whole.hidden(setting)
-    ys = [whole.forward_backward(setting, whole.Rival("molora", b, ours, b), x, dy) for b in ("torch", "triton")]
+    ys = [
+        whole.forward_backward(setting, whole.Rival("molora", b, ours, b), x, dy) for b in ("torch", "triton")
+    ]
     assert relative_error(ys[1], ys[0]) < 1e-5
 
 
@@ -186,11 +205,18 @@ def test_a_method_takes_the_sizes_of_the_comparison():
 
 
 def test_saved_bytes_of_a_block_by_hand():
-    """A rank-4 LoRA in the model's dtype keeps S [T, 4] for dB and, with the inputs of the seven linears, nothing else."""
+    """A rank-4 LoRA in the model's dtype keeps S [T, 4] for dB and, with the inputs of the seven linears,
+    nothing else."""
     setting = part("block")
     base = whole.llama(setting, 1)
-    frozen, lora = whole.Rival("frozen", "frozen", base), whole.Rival("lora", "PEFT", whole.peft_lora(base, setting, 4, True))
-    (total, inputs), (base_total, base_inputs) = levels.saved_bytes(setting, lora), levels.saved_bytes(setting, frozen)
+    frozen, lora = (
+        whole.Rival("frozen", "frozen", base),
+        whole.Rival("lora", "PEFT", whole.peft_lora(base, setting, 4, True)),
+    )
+    (total, inputs), (base_total, base_inputs) = (
+        levels.saved_bytes(setting, lora),
+        levels.saved_bytes(setting, frozen),
+    )
     assert total - inputs - base_total + base_inputs == 7 * 4 * 4
     assert inputs > base_inputs
 
@@ -221,7 +247,13 @@ def test_waits_are_counted(waiting):
 
 
 @pytest.mark.parametrize(
-    "quiet", [lambda x: x[torch.tensor([0, 2])], lambda x: x.where(x > 0, 0.0), lambda x: x.repeat_interleave(3), lambda x: x.topk(2)]
+    "quiet",
+    [
+        lambda x: x[torch.tensor([0, 2])],
+        lambda x: x.where(x > 0, 0.0),
+        lambda x: x.repeat_interleave(3),
+        lambda x: x.topk(2),
+    ],
 )
 def test_what_needs_no_host_is_no_wait(quiet):
     x = torch.linspace(-1, 2, 5)
@@ -236,7 +268,11 @@ def test_launches_are_operators_that_are_no_views():
         y = (x.view(4, 6).t() @ torch.ones(4, 2)).transpose(0, 1)  # ones, mm
         y.sum().backward()  # sum, ones_like, and the product's gradient
     assert counted.launches["aten.mm.default"] == 2
-    assert not [n for n, count in counted.launches.items() if count and ("view" in n or n.startswith(("aten.t.", "aten.transpose")))]
+    assert not [
+        n
+        for n, count in counted.launches.items()
+        if count and ("view" in n or n.startswith(("aten.t.", "aten.transpose")))
+    ]
 
 
 def test_a_saved_storage_counts_once():
@@ -250,7 +286,9 @@ def test_a_saved_storage_counts_once():
 
 def test_rounds_are_interleaved_and_the_warm_up_does_not_count():
     calls = []
-    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, torch.device("cpu"), warm_up=2)
+    seconds = interleaved(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, torch.device("cpu"), warm_up=2
+    )
     assert calls == ["a", "b"] * 5
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
@@ -266,7 +304,11 @@ def test_errors_that_are_not_finite_or_not_there_disagree():
     one = {"y": torch.ones(3), "x": torch.ones(2)}
     assert relative_error(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])) == pytest.approx(0.5**0.5)
     report = Report()
-    for got in ({"y": torch.ones(3)}, {"y": torch.full((3,), torch.nan), "x": torch.ones(2)}, {"y": torch.ones(3), "x": torch.ones(2) * 2}):
+    for got in (
+        {"y": torch.ones(3)},
+        {"y": torch.full((3,), torch.nan), "x": torch.ones(2)},
+        {"y": torch.ones(3), "x": torch.ones(2) * 2},
+    ):
         report.check("rival", largest_error(got, one), torch.float32)
     report.check("same", largest_error(one, one), torch.float32)
     assert len(report.disagreements) == 3
@@ -280,14 +322,19 @@ def test_goals_are_met_missed_or_not_measured():
     for case, ratio, floor in (("molora", 1.3, 1.2), ("mixlora", 2.0, 1.3)):
         report.add(setting, case, "torch", "step", "s", [ratio], "frozen", [1.0])
         report.add(setting, case, "torch", "floor of the step", "ratio", [floor])
-    assert goals.above_floor(report) == {"molora 256 fp32": pytest.approx(1.3 / 1.2), "mixlora 256 fp32": pytest.approx(2.0 / 1.3)}
+    assert goals.above_floor(report) == {
+        "molora 256 fp32": pytest.approx(1.3 / 1.2),
+        "mixlora 256 fp32": pytest.approx(2.0 / 1.3),
+    }
     lines = {line.split()[0]: line for line in goals.summary(report, "cpu").splitlines()}
     assert "MISSED at 1 of 2; worst 1.54 (mixlora 256 fp32)" in lines["step"]
     assert "not measured" in lines["G11"] and "G1" not in lines
     mixed = replace(TINY, width=1024, dtype="bf16")
     for rival, seconds in (("torch", 1.0), ("loop", 12.5)):
         report.add(mixed, "molora", rival, "time", "s", [seconds])
-    assert "met; 12.5" in next(line for line in goals.summary(report, "cpu").splitlines() if line.split()[0] == "G9")
+    assert "met; 12.5" in next(
+        line for line in goals.summary(report, "cpu").splitlines() if line.split()[0] == "G9"
+    )
 
 
 def test_every_goal_can_be_measured_by_a_rival_that_exists():
@@ -303,7 +350,10 @@ def test_every_goal_can_be_measured_by_a_rival_that_exists():
 
 
 def test_the_command_writes_its_table_and_picture(tmp_path, capsys):
-    argv = "mixture linear --width 64 --dtype fp32 --tokens 16 --rank 4 --rounds 2 --methods molora --rivals torch loop PEFT --quick"
+    argv = (
+        "mixture linear --width 64 --dtype fp32 --tokens 16 --rank 4 --rounds 2 --methods molora "
+        "--rivals torch loop PEFT --quick"
+    )
     assert command.main([*argv.split(), "--out", str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "measurements.csv").open()))
     assert {(r["level"], r["rival"]) for r in rows} == {
@@ -328,7 +378,23 @@ def test_the_command_writes_its_table_and_picture(tmp_path, capsys):
         (["mixture", "--k", "9"], "--k 9"),
         (["mixture", "--rank", "0"], "--rank 0"),
         (["mixture", "--methods", "molorra"], "molorra"),
-        (["mixture", "--methods", "hydralora", "--width", "16", "--tokens", "4", "--rounds", "1", "--rivals", "loup", "--quick"], "loup"),
+        (
+            [
+                "mixture",
+                "--methods",
+                "hydralora",
+                "--width",
+                "16",
+                "--tokens",
+                "4",
+                "--rounds",
+                "1",
+                "--rivals",
+                "loup",
+                "--quick",
+            ],
+            "loup",
+        ),
     ],
 )
 def test_wrong_arguments_are_errors_that_name_them(argv, named, capsys):
@@ -340,9 +406,26 @@ def test_wrong_arguments_are_errors_that_name_them(argv, named, capsys):
 
 def test_a_whole_model_is_measured():
     report, setting = Report(), replace(part("model"), tokens=16)
-    levels.measure_model(setting, report, ["molora", "moa_sparse", "molora_oracle", "lora"], Options(1, lambda n: True, 1, False))
+    levels.measure_model(
+        setting,
+        report,
+        ["molora", "moa_sparse", "molora_oracle", "lora"],
+        Options(1, lambda n: True, 1, False),
+    )
     assert not report.disagreements
-    assert {r.quantity for r in report.rows} == {"step", "floor of the step", "launches", "host waits", "decode of 16 tokens"}
+    assert {r.quantity for r in report.rows} == {
+        "step",
+        "floor of the step",
+        "launches",
+        "host waits",
+        "decode of 16 tokens",
+    }
     assert goals.added_waits(report) == {"molora 64 fp32": 0, "moa_sparse 64 fp32": 0}
-    assert {r.case for r in report.find(quantity="step")} == {"frozen", "molora", "moa_sparse", "molora_oracle", "lora"}
+    assert {r.case for r in report.find(quantity="step")} == {
+        "frozen",
+        "molora",
+        "moa_sparse",
+        "molora_oracle",
+        "lora",
+    }
     assert all(r.ratio > 0 for r in report.find(quantity="step"))

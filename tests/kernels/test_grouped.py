@@ -1,4 +1,5 @@
-"""The low-rank update of selected experts against a loop over tokens in fp64, on both backends; the order of rows; the rule for it.
+"""The low-rank update of selected experts against a loop over tokens in fp64, on both backends; the order of
+rows; the rule for it.
 
 Run: python -m pytest tests/kernels/test_grouped.py   (Triton in its interpreter where there is no GPU)
 """
@@ -13,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from moabench.kernels import backend, grouped, lowrank, tune
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(not backend.installed(), reason="Triton is not installed"))
+TRITON = pytest.param(
+    "triton", marks=pytest.mark.skipif(not backend.installed(), reason="Triton is not installed")
+)
 BACKENDS = ["torch", TRITON]
 NAMES = ("y", "x.grad", "a.grad", "b.grad", "weights.grad")
 SHAPES = [  # tokens, widths in and out, experts, selected, rank
@@ -38,9 +41,14 @@ def make(shape, load="random", dtype=torch.float32):
     """x, a, b, weights as leaves in `dtype` (weights fp32), ids, the y to add to, and a cotangent."""
     torch.manual_seed(0)
     tokens, d, o, experts, k, r = shape
-    parts = [torch.randn(n, dtype=torch.float64).to(DEVICE, dtype) for n in ((tokens, d), (experts * r, d), (o, experts * r))]
+    parts = [
+        torch.randn(n, dtype=torch.float64).to(DEVICE, dtype)
+        for n in ((tokens, d), (experts * r, d), (o, experts * r))
+    ]
     ids = choose(tokens, experts, k, load)
-    weights = torch.zeros(tokens, experts, device=DEVICE).scatter(1, ids, torch.rand(tokens, k, device=DEVICE) + 0.1)
+    weights = torch.zeros(tokens, experts, device=DEVICE).scatter(
+        1, ids, torch.rand(tokens, k, device=DEVICE) + 0.1
+    )
     leaves = [t.requires_grad_() for t in (*parts, weights)]
     y, cotangent = (torch.randn(tokens, o, dtype=torch.float64).to(DEVICE, dtype) for _ in range(2))
     return leaves, ids, y, cotangent
@@ -52,7 +60,9 @@ def loop(x, a, b, weights, ids, y, scale):
     for t in range(x.shape[0]):
         total = y[t]
         for e in ids[t].tolist():
-            total = total + scale * weights[t, e] * (b[:, e * r : (e + 1) * r] @ (a[e * r : (e + 1) * r] @ x[t]))
+            total = total + scale * weights[t, e] * (
+                b[:, e * r : (e + 1) * r] @ (a[e * r : (e + 1) * r] @ x[t])
+            )
         rows.append(total)
     return torch.stack(rows) if rows else y * 1 + 0 * (x.sum() + a.sum() + b.sum() + weights.sum())
 
@@ -74,7 +84,9 @@ def results(form, leaves, ids, y, cotangent, scale=0.5):
 
 
 def exact(leaves, ids, y, cotangent):
-    return results(loop, [t.detach().double().requires_grad_() for t in leaves], ids, y.double(), cotangent.double())
+    return results(
+        loop, [t.detach().double().requires_grad_() for t in leaves], ids, y.double(), cotangent.double()
+    )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -88,7 +100,9 @@ def test_equation_and_gradients(shape, load, name):
         assert_near(tensor, g, w, 2e-6)
 
 
-@pytest.mark.parametrize("shape", [(9, 13, 11, 5, 2, 1), (33, 7, 50, 6, 3, 5), (12, 16, 16, 3, 1, 100)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(9, 13, 11, 5, 2, 1), (33, 7, 50, 6, 3, 5), (12, 16, 16, 3, 1, 100)], ids=str
+)
 @pytest.mark.skipif(not backend.installed(), reason="Triton is not installed")
 def test_any_rank_and_width(shape):
     """Triton needs no aligned rows, and takes ranks above one program's."""
@@ -101,7 +115,8 @@ def test_any_rank_and_width(shape):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bf16_is_as_good_as_the_dense_form(name):
-    """Error against fp64 at most twice that of the masked form in bf16; three times in the interpreter, which truncates fp32 to bf16."""
+    """Error against fp64 at most twice that of the masked form in bf16; three times in the interpreter, which
+    truncates fp32 to bf16."""
     times = 3 if name == "triton" and backend.interpreted() else 2
     case = make((70, 64, 48, 5, 2, 8), dtype=torch.bfloat16)
     with backend.use("torch"):
@@ -145,21 +160,27 @@ def test_sites_with_routers_of_their_own(name):
 
     def wanted(x, a, weights, *bs):
         parts = a.unflatten(0, (3, -1))
-        first = [loop(x, parts[g], bs[g], weights[:, g], ids[:, g], ys[1].double()[:, columns[g]], 0.5) for g in (0, 1)]
+        first = [
+            loop(x, parts[g], bs[g], weights[:, g], ids[:, g], ys[1].double()[:, columns[g]], 0.5)
+            for g in (0, 1)
+        ]
         return [torch.cat(first, 1), loop(x, parts[2], bs[2], weights[:, 2], ids[:, 2], ys[2].double(), 0.5)]
 
     fine = [t.detach().double().requires_grad_() for t in leaves]
     got, want = sites(*leaves), wanted(*fine)
     grads = torch.autograd.grad(got, leaves, cotangents)
     expected = torch.autograd.grad(want, fine, [c.double() for c in cotangents])
-    for tensor, g, w in zip(("fused", "alone", "x", "a", "w", "b0", "b1", "b2"), (*got, *grads), (*want, *expected), strict=True):
+    for tensor, g, w in zip(
+        ("fused", "alone", "x", "a", "w", "b0", "b1", "b2"), (*got, *grads), (*want, *expected), strict=True
+    ):
         assert_near(tensor, g, w, 2e-6)
 
 
 @pytest.mark.parametrize("sites", [1, 3])
 @pytest.mark.parametrize("k", [1, 2])
 def test_order(sites, k):
-    """Rows of a site are sorted by expert, then by token; ends and both directions of the permutation agree."""
+    """Rows of a site are sorted by expert, then by token; ends and both directions of the permutation
+    agree."""
     torch.manual_seed(2)
     ids = torch.stack([choose(11, 6, k) for _ in range(sites)], 1)
     order = grouped.sort(ids, 6)
@@ -176,7 +197,9 @@ def test_order(sites, k):
 def test_repeats_bitwise_whatever_the_gradient_looks_like(name):
     leaves, ids, y, _ = make((33, 24, 16, 5, 2, 8))
     with backend.use(name):
-        one = results(ours, leaves, ids, y, torch.ones((), device=DEVICE).expand(y.shape))  # stride 0, as sum() gives it
+        one = results(
+            ours, leaves, ids, y, torch.ones((), device=DEVICE).expand(y.shape)
+        )  # stride 0, as sum() gives it
         two = results(ours, leaves, ids, y, torch.ones_like(y))
     for tensor, a, b in zip(NAMES, one, two, strict=True):
         assert torch.equal(a, b), tensor
@@ -220,10 +243,14 @@ def test_when_sorting_is_preferred():
         assert not grouped.prefers_sorted(2 + int(c) // 4, 2, 8, "cpu", torch.float32, 256)
         assert not grouped.prefers_sorted(10_000, 10_000, 8, "cpu", torch.float32, 256)
         assert not grouped.prefers_sorted(10_000, 1, 3, "cpu", torch.float32, 256), "rows of 12 bytes"
-        assert not grouped.prefers_sorted(10_000, 1, 8, "cpu", torch.float32, 255), "a width that is not whole 16 bytes"
+        assert not grouped.prefers_sorted(10_000, 1, 8, "cpu", torch.float32, 255), (
+            "a width that is not whole 16 bytes"
+        )
         assert not grouped.prefers_sorted(10_000, 1, 8, "cpu", torch.float64, 256), "no kernel for fp64"
         if DEVICE == "cuda":
-            assert not grouped.prefers_sorted(10_000, 1, 8, "cuda", torch.bfloat16, 256), "plain torch would wait for the host"
+            assert not grouped.prefers_sorted(10_000, 1, 8, "cuda", torch.bfloat16, 256), (
+                "plain torch would wait for the host"
+            )
 
 
 def test_crossing():

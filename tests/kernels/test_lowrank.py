@@ -1,5 +1,5 @@
-"""linear_shrink and expand_add_ against fp64 loops over tokens and rank rows: outputs and every gradient, from random cotangents, on both
-backends.
+"""linear_shrink and expand_add_ against fp64 loops over tokens and rank rows: outputs and every gradient,
+from random cotangents, on both backends.
 
 Run: python -m pytest tests/kernels/test_lowrank.py
 """
@@ -31,9 +31,13 @@ def randn(*shape, dtype=torch.float64, grad=True):
 
 
 def loop_linear_shrink(x, frozen, *rows):
-    """Y_i[t] = W_i x[t] + b_i, and S[t, r] = a[r] . x[t] for each block of rows, one token and one row at a time."""
+    """Y_i[t] = W_i x[t] + b_i, and S[t, r] = a[r] . x[t] for each block of rows, one token and one row at a
+    time."""
     ys = [torch.stack([w @ row + (0 if b is None else b) for row in x]) for w, b in frozen]
-    return ys, *(torch.stack([torch.stack([r @ row for r in block] or [row[:0].sum()])[: len(block)] for row in x]) for block in rows)
+    return ys, *(
+        torch.stack([torch.stack([r @ row for r in block] or [row[:0].sum()])[: len(block)] for row in x])
+        for block in rows
+    )
 
 
 def loop_expand(y, terms):
@@ -74,20 +78,31 @@ def test_linear_shrink(tokens, d, widths, rows, heads, bias, kernels, dtype):
     got = [*ys_, s, *([z] if heads else [])]
     for name, g, w in zip([*(f"y{i}" for i in range(len(ys))), "s", "z"], got, want, strict=False):
         assert_near(name, g, w, BOUND[dtype])
-    for name, g, w in zip(tensors, gradients(got, [c.to(low[0]) for c in cotangents], low), expected, strict=True):
+    for name, g, w in zip(
+        tensors, gradients(got, [c.to(low[0]) for c in cotangents], low), expected, strict=True
+    ):
         assert_near(f"{name}.grad", g, torch.zeros_like(tensors[name]) if w is None else w, BOUND[dtype])
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (3,), (0, 2), (0, 3), (2, 3), (0, 1)])
 def test_linear_shrink_where_some_outputs_are_unused(used):
     torch.manual_seed(0)
-    x, a, heads, frozen = randn(6, 5), randn(3, 5), randn(2, 5), [(randn(4, 5, grad=False), None), (randn(7, 5, grad=False), None)]
+    x, a, heads, frozen = (
+        randn(6, 5),
+        randn(3, 5),
+        randn(2, 5),
+        [(randn(4, 5, grad=False), None), (randn(7, 5, grad=False), None)],
+    )
     ys, *rest = loop_linear_shrink(x, frozen, a, heads)
     ys_, *rest_ = lowrank.linear_shrink(x, frozen, a, heads)
     cotangents = [torch.randn_like(t) for t in (*ys, *rest)]
     pick = lambda values: [values[i] for i in used]  # noqa: E731
-    want = torch.autograd.grad(pick([*ys, *rest]), [x, a, heads], pick(cotangents), allow_unused=True, materialize_grads=True)
-    got = torch.autograd.grad(pick([*ys_, *rest_]), [x, a, heads], pick(cotangents), allow_unused=True, materialize_grads=True)
+    want = torch.autograd.grad(
+        pick([*ys, *rest]), [x, a, heads], pick(cotangents), allow_unused=True, materialize_grads=True
+    )
+    got = torch.autograd.grad(
+        pick([*ys_, *rest_]), [x, a, heads], pick(cotangents), allow_unused=True, materialize_grads=True
+    )
     for name, g, w in zip(("x.grad", "a.grad", "heads.grad"), got, want, strict=True):
         assert_near(name, g, w, 1e-13)
 
@@ -115,7 +130,11 @@ def test_no_grad_mode_and_frozen_weights():
     with torch.no_grad():
         (y,), s, z = lowrank.linear_shrink(x, [(w, b)], a, heads)
         assert not (y.requires_grad or s.requires_grad or z.requires_grad)
-        for name, got, want in (("y", y, F.linear(x, w, b)), ("s", s, F.linear(x, a)), ("z", z, F.linear(x, heads))):
+        for name, got, want in (
+            ("y", y, F.linear(x, w, b)),
+            ("s", s, F.linear(x, a)),
+            ("z", z, F.linear(x, heads)),
+        ):
             assert_near(name, got, want, 1e-14)
     (y,), s, z = lowrank.linear_shrink(x, [(w, b)], a, heads)  # weights that do train get their gradients
     (y.sum() + s.sum() + z.sum()).backward()
@@ -151,7 +170,9 @@ def test_expand_add(parts, tokens, kernels, dtype):
     low = [t.detach().to(DEVICE if kernels == "triton" else "cpu", dtype).requires_grad_() for t in tensors]
     inner = low[0] * 1  # the frozen output is never a leaf
     with backend.use(kernels):
-        got = lowrank.expand_add_(inner, [(low[1 + 2 * i], low[2 + 2 * i], *term[2:]) for i, term in enumerate(terms)])
+        got = lowrank.expand_add_(
+            inner, [(low[1 + 2 * i], low[2 + 2 * i], *term[2:]) for i, term in enumerate(terms)]
+        )
     assert got.data_ptr() == inner.data_ptr(), "y is overwritten, not copied"
     assert_near("y", got, want, BOUND[dtype])
     names = ["y.grad", *(f"{n}{i}.grad" for i in range(len(terms)) for n in "sb")]
@@ -174,19 +195,28 @@ def test_expand_add_without_gradients():
 
 
 def test_bf16_is_as_good_as_the_plain_form():
-    """fp32 adapters over a bf16 base: error against fp64 at most twice that of the plain bf16 torch form; router scores in fp32."""
+    """fp32 adapters over a bf16 base: error against fp64 at most twice that of the plain bf16 torch form;
+    router scores in fp32."""
     torch.manual_seed(0)
     x, w, a, b, heads = randn(600, 64), randn(48, 64, grad=False), randn(16, 64), randn(48, 16), randn(8, 64)
     cotangents = torch.randn(600, 48).double(), torch.randn(600, 8).double()
 
     def run(form, dtype):
-        low = [x.detach().to(dtype).requires_grad_(), *(t.detach().clone().requires_grad_() for t in (a, b, heads))]
+        low = [
+            x.detach().to(dtype).requires_grad_(),
+            *(t.detach().clone().requires_grad_() for t in (a, b, heads)),
+        ]
         outputs = form(low[0], w.to(dtype), *low[1:])
-        return [*outputs, *gradients(outputs, [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)], low)]
+        return [
+            *outputs,
+            *gradients(outputs, [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)], low),
+        ]
 
     def plain(x, w, a, b, heads):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return F.linear(x, w) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)), F.linear(x.to(wide), heads.to(wide))
+        return F.linear(x, w) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)), F.linear(
+            x.to(wide), heads.to(wide)
+        )
 
     def ours(x, w, a, b, heads):
         (y,), s, z = lowrank.linear_shrink(x, [(w, None)], a, heads)
@@ -194,7 +224,9 @@ def test_bf16_is_as_good_as_the_plain_form():
         return lowrank.expand_add_(y, [(s, b)]), z
 
     exact, got, reference = run(plain, torch.float64), run(ours, torch.bfloat16), run(plain, torch.bfloat16)
-    for name, g, r, want in zip(("y", "z", "x.grad", "a.grad", "b.grad", "heads.grad"), got, reference, exact, strict=True):
+    for name, g, r, want in zip(
+        ("y", "z", "x.grad", "a.grad", "b.grad", "heads.grad"), got, reference, exact, strict=True
+    ):
         bound = 2 * relative_rms(r, want)
         if name == "heads.grad":  # formed in bf16 like every other gradient: as good as those
             bound = 2 * relative_rms(reference[3], exact[3])
@@ -222,7 +254,9 @@ def test_gradcheck():
 
     assert torch.autograd.gradcheck(shrink, (x, a, h))
     y, s = randn(3, 5), randn(3, 2)
-    assert torch.autograd.gradcheck(lambda y, s, b: lowrank.expand_add_(y * 1, [(s, b), (s, b[:2], slice(1, 3))]), (y, s, b))
+    assert torch.autograd.gradcheck(
+        lambda y, s, b: lowrank.expand_add_(y * 1, [(s, b), (s, b[:2], slice(1, 3))]), (y, s, b)
+    )
 
 
 def test_repeats_bitwise_and_saves_nothing_of_output_width():
@@ -233,14 +267,22 @@ def test_repeats_bitwise_and_saves_nothing_of_output_width():
         x, a, b, heads = (randn(*s, dtype=torch.float32) for s in ((tokens, 8), (3, 8), (width, 3), (4, 8)))
         w = randn(width, 8, dtype=torch.float32, grad=False)
         saved: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
             (y,), s, z = lowrank.linear_shrink(x, [(w, None)], a, heads)
             out = lowrank.expand_add_(y, [(s, b)])
-        assert not [t.shape for t in saved if tokens in t.shape and width in t.shape], "an activation of output width is saved"
+        assert not [t.shape for t in saved if tokens in t.shape and width in t.shape], (
+            "an activation of output width is saved"
+        )
         own = {t.untyped_storage().data_ptr() for t in (x, a, b, heads, w, s)}
         new = sum(t.nbytes for t in saved if t.untyped_storage().data_ptr() not in own)
-        assert new <= (3 + 4) * 8 * 4, "bytes saved beyond x, S, the parameters and one copy of the rows [A; H]"
-        results.append([out, z, *gradients([out, z], [torch.ones_like(out), torch.ones_like(z)], [x, a, b, heads])])
+        assert new <= (3 + 4) * 8 * 4, (
+            "bytes saved beyond x, S, the parameters and one copy of the rows [A; H]"
+        )
+        results.append(
+            [out, z, *gradients([out, z], [torch.ones_like(out), torch.ones_like(z)], [x, a, b, heads])]
+        )
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
 
@@ -251,7 +293,11 @@ def test_weigh(owner, dtype):
     """Each rank row times its owner's weight and scale, entry by entry; nothing but S and w is kept."""
     torch.manual_seed(0)
     tokens, sites, experts = 5, 2, max(owner) + 1
-    s, w, scale = randn(tokens, sites, len(owner)), randn(tokens, sites, experts), torch.rand(experts, dtype=torch.float64)
+    s, w, scale = (
+        randn(tokens, sites, len(owner)),
+        randn(tokens, sites, experts),
+        torch.rand(experts, dtype=torch.float64),
+    )
     spread = torch.zeros(experts, len(owner), dtype=torch.float64)
     for row, e in enumerate(owner):
         spread[e, row] = scale[e]
@@ -264,5 +310,7 @@ def test_weigh(owner, dtype):
         got = lowrank.weigh(*low, spread)
     assert {t.data_ptr() for t in saved if t.dim() == 3} == {t.data_ptr() for t in low}
     assert_near("Sw", got, want, BOUND[dtype])
-    for name, g, e in zip(("s.grad", "w.grad"), gradients(got, cotangent.to(dtype), low), expected, strict=True):
+    for name, g, e in zip(
+        ("s.grad", "w.grad"), gradients(got, cotangent.to(dtype), low), expected, strict=True
+    ):
         assert_near(name, g, e, BOUND[dtype])

@@ -1,4 +1,5 @@
-"""mix_ffn against an fp64 loop over tokens and selected experts: outputs and every gradient, from random cotangents, on both backends.
+"""mix_ffn against an fp64 loop over tokens and selected experts: outputs and every gradient, from random
+cotangents, on both backends.
 
 Run: python -m pytest tests/kernels/test_mix_ffn.py
 """
@@ -131,7 +132,9 @@ def test_one_output_used(output):
     want = loop(*tensors, ids, "silu")[output]
     cotangent = torch.randn_like(want)
     expected = torch.autograd.grad(want, tensors, cotangent, allow_unused=True, materialize_grads=True)
-    got = torch.autograd.grad(mix_ffn(*tensors, ids)[output], tensors, cotangent, allow_unused=True, materialize_grads=True)
+    got = torch.autograd.grad(
+        mix_ffn(*tensors, ids)[output], tensors, cotangent, allow_unused=True, materialize_grads=True
+    )
     for name, g, w in zip(NAMES, got, expected, strict=True):
         assert_near(f"{name}.grad", g, w, 1e-13)
 
@@ -140,7 +143,9 @@ def test_dense_masked_equals_selected():
     """Passing all experts with zero weights for the unselected ones is the same mixture."""
     torch.manual_seed(0)
     tensors, ids = inputs(9, 6, 5, 2, 2)
-    for name, sparse, dense in zip(("hbar", "z"), mix_ffn(*tensors, ids), mix_ffn(*tensors, None), strict=True):
+    for name, sparse, dense in zip(
+        ("hbar", "z"), mix_ffn(*tensors, ids), mix_ffn(*tensors, None), strict=True
+    ):
         assert_near(name, sparse, dense, 1e-13)
 
 
@@ -149,14 +154,17 @@ def test_gradcheck(k):
     torch.manual_seed(0)
     tensors, ids = inputs(3, 4, 3, 2, k)
     weights = tensors[-1]
-    if ids is not None:  # a weight that is not selected is no input of the mixture: the loop above has its gradient
+    if (
+        ids is not None
+    ):  # a weight that is not selected is no input of the mixture: the loop above has its gradient
         weights = weights.detach()
     assert torch.autograd.gradcheck(lambda *t: mix_ffn(*t, ids), [*tensors[:-1], weights])
 
 
 @pytest.mark.parametrize("k", [0, 2])
 def test_bf16_is_as_good_as_the_plain_form(k):
-    """fp32 adapters over a bf16 base: error against fp64 at most twice that of the same sums in plain bf16 torch."""
+    """fp32 adapters over a bf16 base: error against fp64 at most twice that of the same sums in plain bf16
+    torch."""
     torch.manual_seed(0)
     tensors, ids = inputs(40, 32, 4, 4, k)
     cotangents = [torch.randn(40, 32).double(), torch.randn(40, 16).double()]
@@ -176,7 +184,9 @@ def test_bf16_is_as_good_as_the_plain_form(k):
 
     exact, ours, theirs = run(plain, torch.float64), run(mix_ffn, torch.bfloat16), run(plain, torch.bfloat16)
     for name, got, reference, want in zip(("hbar", "z", *NAMES), ours, theirs, exact, strict=True):
-        if name == "weights" and ids is not None:  # the plain form also has the gradient of weights that are not selected
+        if (
+            name == "weights" and ids is not None
+        ):  # the plain form also has the gradient of weights that are not selected
             got, reference, want = (t.gather(1, ids) for t in (got, reference, want))
         assert relative_rms(got, want) <= 2 * relative_rms(reference, want), name
 

@@ -32,18 +32,23 @@ def test_blocks_equal_one_block(k, dropout, monkeypatch):
     whole = run(tensors, ids, torch.float64, dropout)
     monkeypatch.setattr(kernel, "BLOCK", 1)
     assert [t.start for t in kernel._blocks(tensors[0], 12)] == [0, 64, 128]
-    for name, got, want in zip(("hbar", "z", *NAMES), run(tensors, ids, torch.float64, dropout), whole, strict=True):
+    for name, got, want in zip(
+        ("hbar", "z", *NAMES), run(tensors, ids, torch.float64, dropout), whole, strict=True
+    ):
         assert_near(name, got, want, 1e-13)
 
 
 @pytest.mark.parametrize("k", [0, 2])
 def test_gradients_summed_over_many_bf16_blocks_round_as_one_does(k, monkeypatch):
-    """30 blocks: adding them in bf16 one after the other would cost several times the error of one rounding."""
+    """30 blocks: adding them in bf16 one after the other would cost several times the error of one
+    rounding."""
     torch.manual_seed(0)
     tensors, ids = inputs(30 * 64, 9, 4, 3, k)
     exact, whole = run(tensors, ids, torch.float64), run(tensors, ids, torch.bfloat16)
     monkeypatch.setattr(kernel, "BLOCK", 1)
-    for name, got, one, want in zip(("hbar", "z", *NAMES), run(tensors, ids, torch.bfloat16), whole, exact, strict=True):
+    for name, got, one, want in zip(
+        ("hbar", "z", *NAMES), run(tensors, ids, torch.bfloat16), whole, exact, strict=True
+    ):
         assert relative_rms(got, want) <= 1.3 * relative_rms(one, want), name
 
 

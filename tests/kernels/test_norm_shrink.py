@@ -74,7 +74,9 @@ def test_some_outputs_unused(used, kernels, dtype):
     low = [t.detach().to(DEVICE, dtype).requires_grad_() for t in trained]
     with backend.use(kernels):
         got = norm_shrink(low[0], g.to(low[0]), EPS, *low[1:])
-    grads = torch.autograd.grad([got[i] for i in used], low, [cotangents[i].to(low[0]) for i in used], **options)
+    grads = torch.autograd.grad(
+        [got[i] for i in used], low, [cotangents[i].to(low[0]) for i in used], **options
+    )
     for name, one, w in zip(("x.grad", "a.grad", "h.grad"), grads, expected, strict=True):
         assert_near(name, one, w, BOUND[dtype])
 
@@ -91,7 +93,8 @@ def test_bf16_equals_the_norm_followed_by_the_shrink(kernels):
     with backend.use(kernels):
         y, s, z = norm_shrink(x, norm.weight, EPS, a, h)
     want = norm(x)
-    # A rounding may fall to the other side where rstd differs in its last digit; Triton's interpreter truncates to bf16.
+    # A rounding may fall to the other side where rstd differs in its last digit; Triton's interpreter
+    # truncates to bf16.
     bound = 1e-3 if kernels == "torch" or DEVICE == "cuda" else 2**-7
     assert relative_rms(y, want) < bound
     assert_near("S", s, y.double() @ a.double().t(), 2**-7)
@@ -117,7 +120,11 @@ def test_compiles_without_a_graph_break_and_repeats_bitwise(kernels):
         return [*out, *torch.autograd.grad([out[0].sum(), out[1].square().sum(), out[2].sum()], [x, a, h])]
 
     with backend.use(kernels):
-        first, second, compiled = run(norm_shrink), run(norm_shrink), run(torch.compile(norm_shrink, backend="aot_eager", fullgraph=True))
+        first, second, compiled = (
+            run(norm_shrink),
+            run(norm_shrink),
+            run(torch.compile(norm_shrink, backend="aot_eager", fullgraph=True)),
+        )
     for one, again, other in zip(first, second, compiled, strict=True):
         assert torch.equal(one, again)
         assert_near("compiled", other, one, 1e-6)

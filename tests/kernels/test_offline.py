@@ -1,5 +1,5 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 within the gates; no GPU is needed. The compiler runs in a process of its own, since
-here the kernels are made for the interpreter.
+"""Every Triton kernel compiles for sm_80 and sm_90 within the gates; no GPU is needed. The compiler runs in a
+process of its own, since here the kernels are made for the interpreter.
 
 Run: python -m pytest tests/kernels/test_offline.py
 """

@@ -12,7 +12,9 @@ from compare import assert_near
 from moabench.kernels import route
 
 
-@pytest.mark.parametrize("shape", [(5,), (1, 1), (7, 1), (1, 8), (70, 13), (9, 3, 5), (2, 4, 3, 5), (0, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5,), (1, 1), (7, 1), (1, 8), (70, 13), (9, 3, 5), (2, 4, 3, 5), (0, 4)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_softmax(shape, dtype):
     torch.manual_seed(0)
@@ -35,7 +37,9 @@ def test_softmax_of_extremes():
     inf = float("inf")
     scores = torch.tensor([[1e4, -1e4, 0.0], [0.0, -inf, -inf], [3.0, 3.0, 3.0]], requires_grad=True)
     got = route.softmax(scores)
-    assert torch.equal(got[0], torch.tensor([1.0, 0.0, 0.0])) and torch.equal(got[1], torch.tensor([1.0, 0.0, 0.0]))
+    assert torch.equal(got[0], torch.tensor([1.0, 0.0, 0.0])) and torch.equal(
+        got[1], torch.tensor([1.0, 0.0, 0.0])
+    )
     assert_near("equal scores", got[2], torch.full((3,), 1 / 3), 1e-6)
     got.square().sum().backward()
     assert scores.grad.isfinite().all()

@@ -1,5 +1,5 @@
-"""Routers as rules: the Triton kernels and the plain form of every rule against the router's own `route()` in fp64, values and gradients;
-the load statistics against loops.
+"""Routers as rules: the Triton kernels and the plain form of every rule against the router's own `route()` in
+fp64, values and gradients; the load statistics against loops.
 
 Run: python -m pytest tests/kernels/test_route_rule.py   (Triton in its interpreter where there is no GPU)
 """
@@ -20,17 +20,29 @@ from moabench.methods.router import FactRouter, decide
 from moabench.methods.routing import Routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not backend.installed(), reason="Triton is not installed"))]
+BACKENDS = [
+    "torch",
+    pytest.param(
+        "triton", marks=pytest.mark.skipif(not backend.installed(), reason="Triton is not installed")
+    ),
+]
 ROUTERS = [
     ("softmax", {}),
     *(("topk", {"k": k, "renormalize": r}) for k in (1, 2, 5) for r in (True, False)),
-    *(("top_p", {"p": p, "renormalize": r}) for p, r in ((0.6, True), (0.6, False), (0.05, True), (0.95, True))),
+    *(
+        ("top_p", {"p": p, "renormalize": r})
+        for p, r in ((0.6, True), (0.6, False), (0.05, True), (0.95, True))
+    ),
     ("adaptive_threshold", {}),
     ("adaptive_threshold", {"weights": "plain", "tau_max": 0.4}),
     ("adaptive_threshold", {"threshold": "constant", "weights": "plain"}),
     ("adaptive_threshold", {"threshold": "constant", "tau_max": 0.5}),
     ("sigmoid", {}),
-    *(("threshold", {"dynamic": d, "gamma_max": 0.8, "grad": g}) for d in (True, False) for g in ("none", "subtract", "ste")),
+    *(
+        ("threshold", {"dynamic": d, "gamma_max": 0.8, "grad": g})
+        for d in (True, False)
+        for g in ("none", "subtract", "ste")
+    ),
     ("threshold", {"gamma_max": 0.0, "grad": "subtract"}),
 ]
 SHAPES = [  # tokens, sites, experts
@@ -62,7 +74,11 @@ def outputs(routing):
 
 
 def gradient(routing, scores, cotangents):
-    pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs(routing), cotangents, strict=True) if o is not None and o.requires_grad]
+    pairs = [
+        (o, c.to(o.dtype))
+        for o, c in zip(outputs(routing), cotangents, strict=True)
+        if o is not None and o.requires_grad
+    ]
     return torch.autograd.grad([o for o, _ in pairs], scores, [c for _, c in pairs])[0]
 
 
@@ -95,7 +111,9 @@ def compare(router, shape, name):
     assert_near("scores.grad", gradient(got, low, cotangents), gradient(want, scores, cotangents), 1e-5)
     alone = torch.randn_like(want.weights)  # of the weights alone: nothing else is formed
     if want.weights.requires_grad:
-        expected = torch.autograd.grad(router.route(scores, True).weights, scores, alone, materialize_grads=True, allow_unused=True)[0]
+        expected = torch.autograd.grad(
+            router.route(scores, True).weights, scores, alone, materialize_grads=True, allow_unused=True
+        )[0]
         grad = torch.autograd.grad(ruled(router, low, name).weights, low, alone.float())[0]
         assert (grad.double() - expected).abs().max() <= 5e-5 * max(1.0, expected.abs().max())
 
@@ -122,13 +140,16 @@ def test_every_shipped_router_has_a_rule():
     for name in catalog.names():
         for mixture in getattr(catalog.parse(catalog.raw(name)), "mixtures", ()):
             router = mixture.router
-            assert isinstance(router, FactRouter) or router.kind == "none" or isinstance(router.rule, route.Rule), name
+            assert (
+                isinstance(router, FactRouter) or router.kind == "none" or isinstance(router.rule, route.Rule)
+            ), name
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("kind", sorted({k for k, _ in ROUTERS}))
 def test_decide_is_what_the_router_says(kind, name):
-    """`methods.router.decide` on both backends: tensors, shapes [T, E], statistics in place of passes over the routing."""
+    """`methods.router.decide` on both backends: tensors, shapes [T, E], statistics in place of passes over
+    the routing."""
     torch.manual_seed(2)
     router = make(kind, {})
     scores = scores_for(router, 21, 1, 8, torch.float32)[:, 0]
@@ -146,7 +167,9 @@ def test_decide_is_what_the_router_says(kind, name):
 def loop_stats(routing, mask):
     """The sums token by token in Python floats."""
     tokens, sites, experts = routing.weights.shape
-    found = {n: [[0.0] * experts for _ in range(sites)] for n in route.SUMS} | {n: [0.0] * sites for n in route.TOTALS}
+    found = {n: [[0.0] * experts for _ in range(sites)] for n in route.SUMS} | {
+        n: [0.0] * sites for n in route.TOTALS
+    }
     for t in range(tokens):
         for g in range(sites):
             if mask is not None and not mask[t]:
@@ -167,7 +190,9 @@ def loop_stats(routing, mask):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("masked", ["all real", "some", "none real"])
-@pytest.mark.parametrize(("kind", "options"), [ROUTERS[0], ROUTERS[3], ROUTERS[8], ROUTERS[11], *ROUTERS[-7:-4]], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options"), [ROUTERS[0], ROUTERS[3], ROUTERS[8], ROUTERS[11], *ROUTERS[-7:-4]], ids=str
+)
 def test_statistics(kind, options, masked, name):
     torch.manual_seed(3)
     router = make(kind, options)
@@ -182,7 +207,9 @@ def test_statistics(kind, options, masked, name):
     assert set(routing.stats) == set(want)
     for tensor, values in want.items():
         assert not routing.stats[tensor].requires_grad
-        assert_near(tensor, routing.stats[tensor], torch.tensor(values, dtype=torch.float64, device=DEVICE), 2e-6)
+        assert_near(
+            tensor, routing.stats[tensor], torch.tensor(values, dtype=torch.float64, device=DEVICE), 2e-6
+        )
 
 
 def test_recorded_statistics_follow_their_site_and_add_up():
@@ -207,19 +234,27 @@ def test_equal_scores_go_to_the_lower_index(name):
     assert two.ids[:, 0].tolist() == [[1, 2], [0, 1]]
     assert two.weights[:, 0].tolist() == [[0, 0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0, 0]]
     prefix = ruled(make("top_p", {"p": 0.5}), scores, name)
-    assert prefix.selected[:, 0].tolist() == [[False, True, True, False, False], [True, True, True, False, False]]
+    assert prefix.selected[:, 0].tolist() == [
+        [False, True, True, False, False],
+        [True, True, True, False, False],
+    ]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(("kind", "options"), ROUTERS, ids=str)
 def test_extremes(kind, options, name):
-    """Huge scores and ruled-out experts (-inf) give finite results; NaN shows and selects nothing outside the experts."""
+    """Huge scores and ruled-out experts (-inf) give finite results; NaN shows and selects nothing outside the
+    experts."""
     router = make(kind, options)
     columns = 8 + router.rule.adaptive
     torch.manual_seed(4)
     hot = torch.randn(6, 1, columns, device=DEVICE)
     hot[:, :, :5] = -float("inf")
-    for s in (torch.randn(6, 1, columns, device=DEVICE) * 1e4, torch.zeros(4, 1, columns, device=DEVICE), hot):
+    for s in (
+        torch.randn(6, 1, columns, device=DEVICE) * 1e4,
+        torch.zeros(4, 1, columns, device=DEVICE),
+        hot,
+    ):
         s = s.requires_grad_()
         got, want = ruled(router, s, name, stats=True), router.route(s.detach(), False)
         assert_near("weights", got.weights.sum(-1), want.weights.sum(-1), 1e-6)
@@ -257,11 +292,17 @@ def test_permuted_and_repeated(kind, name):
     want = ruled(router, scores, name, stats=True)
     assert_near("weights", got.weights, want.weights[..., order], 1e-6)
     again = ruled(router, scores, name, stats=True)
-    assert torch.equal(again.weights, want.weights) and all(torch.equal(again.stats[k], v) for k, v in want.stats.items())
+    assert torch.equal(again.weights, want.weights) and all(
+        torch.equal(again.stats[k], v) for k, v in want.stats.items()
+    )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize(("kind", "options"), [("topk", {"k": 2}), ("adaptive_threshold", {}), ("threshold", {"grad": "ste"})], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("topk", {"k": 2}), ("adaptive_threshold", {}), ("threshold", {"grad": "ste"})],
+    ids=str,
+)
 def test_compiled_and_checkpointed(kind, options, name):
     torch.manual_seed(6)
     router = make(kind, options)
@@ -281,7 +322,9 @@ def test_compiled_and_checkpointed(kind, options, name):
         want = run(form)
         compiled = run(torch.compile(form, backend="aot_eager", fullgraph=True))
         recomputed = run(lambda s: checkpoint(form, s, use_reentrant=False))
-    for tensor, w, c, r in zip(("value", "assignments", "scores.grad"), want, compiled, recomputed, strict=True):
+    for tensor, w, c, r in zip(
+        ("value", "assignments", "scores.grad"), want, compiled, recomputed, strict=True
+    ):
         assert_near(tensor, c, w, 1e-6)
         assert torch.equal(r, w), tensor
 
@@ -294,10 +337,37 @@ def test_registrations(select):
 
     torch.manual_seed(7)
     scores, adaptive = torch.randn(9, 2, 6, device=DEVICE), select == "threshold"
-    forward = (scores, torch.rand(9, device=DEVICE) > 0.5, True, "softmax", select, 2, 0.5, 0.3, adaptive, adaptive, True)
+    forward = (
+        scores,
+        torch.rand(9, device=DEVICE) > 0.5,
+        True,
+        "softmax",
+        select,
+        2,
+        0.5,
+        0.3,
+        adaptive,
+        adaptive,
+        True,
+    )
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(kernels.route, forward, test_utils=checks)
     weights, probs, taus, chosen, _, _ = kernels.route(*forward)
     kept = weights if select == "all" else probs
-    backward = (torch.randn_like(weights), None, None, kept, chosen, taus, "softmax", select, 0.3, adaptive, adaptive, True, False, 0.0)
+    backward = (
+        torch.randn_like(weights),
+        None,
+        None,
+        kept,
+        chosen,
+        taus,
+        "softmax",
+        select,
+        0.3,
+        adaptive,
+        adaptive,
+        True,
+        False,
+        0.0,
+    )
     torch.library.opcheck(kernels.route_backward, backward, test_utils=checks)

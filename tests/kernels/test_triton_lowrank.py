@@ -1,7 +1,8 @@
-"""The Triton kernels of shrink, expand and outer against fp64: ragged tiles, ranks, strides, bf16, compiled and checkpointed.
+"""The Triton kernels of shrink, expand and outer against fp64: ragged tiles, ranks, strides, bf16, compiled
+and checkpointed.
 
-tests/kernels/test_lowrank.py compares the nodes that run on them with loops. Run: python -m pytest tests/kernels/test_triton_lowrank.py
-(in Triton's interpreter where there is no GPU)
+tests/kernels/test_lowrank.py compares the nodes that run on them with loops. Run: python -m pytest
+tests/kernels/test_triton_lowrank.py (in Triton's interpreter where there is no GPU)
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def randn(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 16, 17, 24, 33, 48, 64, 72, 96, 100, 128, 129, 160, 192, 193, 1000])
+@pytest.mark.parametrize(
+    "rows", [1, 7, 8, 16, 17, 24, 33, 48, 64, 72, 96, 100, 128, 129, 160, 192, 193, 1000]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_hold_the_rows_with_little_to_spare(rows, dtype):
     first, second = pieces(rows, dtype)
@@ -51,7 +54,9 @@ def test_steps(shape, dtype):
     """Each kernel on the numbers that it is given: the error is that of rounding the result."""
     torch.manual_seed(0)
     tokens, d, rows, heads = shape
-    x, a, h, s, b = (randn(*n, dtype=dtype) for n in ((tokens, d), (rows, d), (heads, d), (tokens, rows), (d, rows)))
+    x, a, h, s, b = (
+        randn(*n, dtype=dtype) for n in ((tokens, d), (rows, d), (heads, d), (tokens, rows), (d, rows))
+    )
     h = randn(heads, d, dtype=torch.float32) if heads else None
     fine = [None if t is None else t.double() for t in (x, a, h, s, b)]
     got_s, got_z = kernels.shrink_both(x, a, h)
@@ -71,9 +76,14 @@ def test_steps(shape, dtype):
 
 
 def test_strided_views():
-    """A slice of a fused linear's output is written in place, and transposed matrices are read as they lie."""
+    """A slice of a fused linear's output is written in place, and transposed matrices are read as they
+    lie."""
     torch.manual_seed(0)
-    fused, s, b = randn(70, 50, dtype=torch.float32), randn(70, 40, dtype=torch.float32), randn(5, 21, dtype=torch.float32).t()
+    fused, s, b = (
+        randn(70, 50, dtype=torch.float32),
+        randn(70, 40, dtype=torch.float32),
+        randn(5, 21, dtype=torch.float32).t(),
+    )
     before, part = fused.clone(), s[:, 10:15]
     want = before[:, 20:41].double() + part.double() @ b.double().t()
     kernels.add_(fused[:, 20:41], part, b)
@@ -108,12 +118,14 @@ NAMES = ("y", "x.grad", "a.grad", "b.grad", "h.grad")
 
 
 def test_bf16_is_as_good_as_plain_torch():
-    """Error against fp64 at most twice that of the same sums in plain bf16 torch; the router's gradient, formed in bf16 like the others,
-    as good as A's."""
+    """Error against fp64 at most twice that of the same sums in plain bf16 torch; the router's gradient,
+    formed in bf16 like the others, as good as A's."""
 
     def plain(x, w, a, b, h):
         z = F.linear(x.to(torch.promote_types(x.dtype, torch.float32)), h)
-        weights = torch.repeat_interleave(z.softmax(-1), torch.tensor([3, 5], device=x.device), 1, output_size=8)
+        weights = torch.repeat_interleave(
+            z.softmax(-1), torch.tensor([3, 5], device=x.device), 1, output_size=8
+        )
         return F.linear(x, w) + F.linear(F.linear(x, a.to(x.dtype)) * weights.to(x.dtype), b.to(x.dtype))
 
     low, cotangent = tensors(torch.bfloat16)
@@ -123,7 +135,9 @@ def test_bf16_is_as_good_as_plain_torch():
     with backend.use("triton"):
         got = run(mixture, torch.bfloat16)
     reference = run(plain, torch.bfloat16)
-    errors = dict(zip(NAMES, map(relative_rms, reference, want), strict=True)) | {"h.grad": relative_rms(reference[2], want[2])}
+    errors = dict(zip(NAMES, map(relative_rms, reference, want), strict=True)) | {
+        "h.grad": relative_rms(reference[2], want[2])
+    }
     for name, g, w in zip(NAMES, got, want, strict=True):
         assert relative_rms(g, w) <= 2 * errors[name], name
 
@@ -175,5 +189,9 @@ def test_recomputed_under_checkpointing(kernels_):
 def test_registrations(op):
     """Schema, fake implementation and mutation marks, as torch checks them."""
     x, a, h, y, s = (randn(*n, dtype=torch.float32) for n in ((9, 12), (5, 12), (3, 12), (9, 7), (9, 5)))
-    arguments = {"shrink": (x, a, h), "expand_add_": (y, s, randn(7, 5, dtype=torch.float32)), "outer": (s, y)}[op]
+    arguments = {
+        "shrink": (x, a, h),
+        "expand_add_": (y, s, randn(7, 5, dtype=torch.float32)),
+        "outer": (s, y),
+    }[op]
     torch.library.opcheck(getattr(kernels, op), arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,7 +1,7 @@
 """The Triton kernels of mix_ffn: ragged tiles and ranks, bf16, what is saved, compiled and checkpointed.
 
-tests/kernels/test_mix_ffn.py compares both backends with a loop. Run: python -m pytest tests/kernels/test_triton_mix_ffn.py
-(in Triton's interpreter where there is no GPU)
+tests/kernels/test_mix_ffn.py compares both backends with a loop. Run: python -m pytest
+tests/kernels/test_triton_mix_ffn.py (in Triton's interpreter where there is no GPU)
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def inputs(tokens, f, experts, r, k, dtype=torch.float32):
     tensors = [torch.randn(*s).to(DEVICE, dtype) for s in shapes]
     tensors[4:] = [t / r**0.5 for t in tensors[4:]]
     weights = torch.rand(tokens, experts).to(DEVICE)
-    ids = torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]).to(DEVICE) if k and tokens else None
+    ids = (
+        torch.stack([torch.randperm(experts)[:k] for _ in range(tokens)]).to(DEVICE) if k and tokens else None
+    )
     if k and not tokens:
         ids = torch.zeros(0, k, dtype=torch.int64, device=DEVICE)
     if ids is not None:
@@ -64,7 +66,8 @@ def test_equal_to_torch(shape):
 
 @pytest.mark.parametrize("k", [0, 2])
 def test_bf16_is_as_good_as_torch(k):
-    """Error against fp64 at most twice that of the torch backend in bf16; truncation to bf16 in the interpreter costs another factor."""
+    """Error against fp64 at most twice that of the torch backend in bf16; truncation to bf16 in the
+    interpreter costs another factor."""
     tensors, ids = inputs(24, 34, 4, 8, k, torch.bfloat16)
     fine = [t.detach().double().requires_grad_() for t in tensors]
     exact = run(mix_ffn, fine, ids)
@@ -83,7 +86,9 @@ def test_an_expert_without_tokens_is_skipped_not_wrong():
     with backend.use("triton"):
         got = run(mix_ffn, tensors, ids)
     for name, g in list(zip(NAMES, got, strict=True))[4:9]:
-        by_expert = g.unflatten(1, (4, 4)) if name != "a_down" else g.unflatten(0, (4, 4)).transpose(0, 1)[None]
+        by_expert = (
+            g.unflatten(1, (4, 4)) if name != "a_down" else g.unflatten(0, (4, 4)).transpose(0, 1)[None]
+        )
         idle = by_expert[:, [0, 2, 3]] if name != "a_down" else g.unflatten(0, (4, 4))[[0, 2, 3]]
         assert not idle.count_nonzero(), name
         assert g.isfinite().all(), name
@@ -94,7 +99,12 @@ def test_experts_may_be_permuted():
     order = torch.tensor([2, 0, 3, 1])
     places = order.argsort()
     columns = lambda t: t.unflatten(1, (4, 4))[:, order].flatten(1)  # noqa: E731
-    moved = [*tensors[:2], *(columns(t) for t in tensors[2:6]), tensors[6].unflatten(0, (4, 4))[order].flatten(0, 1), tensors[7][:, order]]
+    moved = [
+        *tensors[:2],
+        *(columns(t) for t in tensors[2:6]),
+        tensors[6].unflatten(0, (4, 4))[order].flatten(0, 1),
+        tensors[7][:, order],
+    ]
     with backend.use("triton"):
         hbar, z = mix_ffn(*tensors, ids)
         hbar_moved, z_moved = mix_ffn(*moved, places[ids])
@@ -105,7 +115,10 @@ def test_experts_may_be_permuted():
 def test_saves_nothing_of_inner_width_but_gate_and_up():
     tensors, ids = inputs(33, 65, 4, 8, 2)
     saved: list[torch.Tensor] = []
-    with backend.use("triton"), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with (
+        backend.use("triton"),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
         mix_ffn(*tensors, ids)
     wide = {t.untyped_storage().data_ptr() for t in saved if t.shape == (33, 65)}
     assert wide <= {t.untyped_storage().data_ptr() for t in tensors[:2]}
@@ -115,7 +128,9 @@ def test_repeats_bitwise_compiles_and_is_recomputed():
     tensors, ids = inputs(20, 33, 4, 4, 2)
     with backend.use("triton"):
         want, again = run(mix_ffn, tensors, ids, dropout=0.3), run(mix_ffn, tensors, ids, dropout=0.3)
-        kept = run(lambda *t, **o: checkpoint(mix_ffn, *t, use_reentrant=False, **o), tensors, ids, dropout=0.3)
+        kept = run(
+            lambda *t, **o: checkpoint(mix_ffn, *t, use_reentrant=False, **o), tensors, ids, dropout=0.3
+        )
         plain = run(mix_ffn, tensors, ids)
         compiled = run(torch.compile(mix_ffn, backend="aot_eager", fullgraph=True), tensors, ids)
     for name, w, a, c in zip(NAMES, want, again, kept, strict=True):
@@ -128,11 +143,16 @@ def test_registrations():
     tensors, ids = inputs(9, 20, 3, 2, 2)
     chosen = torch.zeros(9, 3, dtype=torch.bool, device=DEVICE).scatter_(1, ids, True)
     torch.library.opcheck(
-        kernels.mix_ffn, (*tensors, chosen, None, "silu"), test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        kernels.mix_ffn,
+        (*tensors, chosen, None, "silu"),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
 
 def test_more_experts_than_the_kernels_hold():
     tensors, ids = inputs(3, 5, 32, 17, 2)
-    with backend.use("triton"), pytest.raises(ValueError, match="32 experts of rank 17 have more than the 256 rank rows"):
+    with (
+        backend.use("triton"),
+        pytest.raises(ValueError, match="32 experts of rank 17 have more than the 256 rank rows"),
+    ):
         mix_ffn(*tensors, ids)

@@ -1,7 +1,9 @@
-"""A whole Llama under a mixture, in fp64 loops over tokens and experts, written from the method cards. The oracle of the tests.
+"""A whole Llama under a mixture, in fp64 loops over tokens and experts, written from the method cards. The
+oracle of the tests.
 
-Every sequence runs alone and without padding, token by token; nothing is fused, concatenated or batched. Tensors are looked up by what
-`MixtureModel.sites()` shows. The sum of auxiliary losses is formed from the same choices.
+Every sequence runs alone and without padding, token by token; nothing is fused, concatenated or batched.
+Tensors are looked up by what `MixtureModel.sites()` shows. The sum of auxiliary losses is formed from the
+same choices.
 """
 
 from __future__ import annotations
@@ -15,11 +17,22 @@ from loop_routers import LOOPS, Choice
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-ORDER = ("q", "k", "v", "prompt", "o", "up", "gate", "down", "parallel_adapter")  # outputs of a block router (moa_soft.md)
+ORDER = (
+    "q",
+    "k",
+    "v",
+    "prompt",
+    "o",
+    "up",
+    "gate",
+    "down",
+    "parallel_adapter",
+)  # outputs of a block router (moa_soft.md)
 
 
 class LoopLlama:
-    """`base` is the plain model, `model` the attached one; `parameters` are fp64 copies of its trainable tensors by name."""
+    """`base` is the plain model, `model` the attached one; `parameters` are fp64 copies of its trainable
+    tensors by name."""
 
     def __init__(self, base, model) -> None:
         self.base = copy.deepcopy(base).double().requires_grad_(False).model
@@ -33,7 +46,8 @@ class LoopLlama:
         self.copies = {id(p): self.parameters[n] for n, p in named.items()}
 
     def __call__(self, sequences: list[list[int]], prompts: list[int]) -> list[Tensor]:
-        """Logits [n, vocab] of each sequence, whose first `prompts` tokens are the prompt. Choices collect in `self.routing`."""
+        """Logits [n, vocab] of each sequence, whose first `prompts` tokens are the prompt. Choices collect in
+        `self.routing`."""
         self.routing: dict[str, list[Choice]] = defaultdict(list)
         return [self._sequence(torch.tensor(s), p) for s, p in zip(sequences, prompts, strict=True)]
 
@@ -52,7 +66,10 @@ class LoopLlama:
         attention, ffn = layer.self_attn, layer.mlp
         h1 = self._norm(layer.input_layernorm, x)
         self.gates = self._block_gates(x if self.spec.get("input", "normed") == "raw" else h1, prompt)
-        heads, groups = self.config.num_attention_heads, self.config.num_attention_heads // self.config.num_key_value_heads
+        heads, groups = (
+            self.config.num_attention_heads,
+            self.config.num_attention_heads // self.config.num_key_value_heads,
+        )
         q = self._linear(attention.q_proj, "q", h1).unflatten(-1, (heads, -1))
         k = self._linear(attention.k_proj, "k", h1).unflatten(-1, (heads // groups, -1))
         v = self._linear(attention.v_proj, "v", h1).unflatten(-1, (heads // groups, -1))
@@ -62,7 +79,9 @@ class LoopLlama:
         for t in range(len(x)):
             parts = []
             for head in range(heads):
-                scores = torch.stack([q[t, head] @ k[s, head // groups] for s in range(t + 1)]) / math.sqrt(size)
+                scores = torch.stack([q[t, head] @ k[s, head // groups] for s in range(t + 1)]) / math.sqrt(
+                    size
+                )
                 parts.append(scores.softmax(0) @ v[: t + 1, head // groups])
             rows.append(torch.cat(parts) + self._prompt(layer, q[t], t, groups))
         z = x + self._linear(attention.o_proj, "o", torch.stack(rows))
@@ -83,13 +102,18 @@ class LoopLlama:
         return choice
 
     def _block_gates(self, u, prompt):
-        """Choice of the block router for each token; None where there is none. A sequence router sees the mean over the prompt."""
+        """Choice of the block router for each token; None where there is none. A sequence router sees the
+        mean over the prompt."""
         site = next((s for s in self.places if s.kind == "block"), None)
         if site is None or site.router is None:
             return None
         if site.router.granularity == "token":
             return [self._choose(site, row) for row in u]
-        pooled = {"prompt_mean": u[:prompt].mean(0), "last_prompt": u[prompt - 1], "official_mean": u.mean(0)}[site.router.pool]
+        pooled = {
+            "prompt_mean": u[:prompt].mean(0),
+            "last_prompt": u[prompt - 1],
+            "official_mean": u.mean(0),
+        }[site.router.pool]
         one = self._choose(site, pooled)
         return [one] * len(u)
 
@@ -103,7 +127,9 @@ class LoopLlama:
             there = {b.place if b.place not in ("ffn", "attention") else b.name for b in site.banks}
             return self.gates[t].w[[p for p in ORDER if p in there].index(place)]
         names = ["lora", "prompt", "parallel_adapter"]
-        return self.gates[t].w[names.index(gates.get(bank.name, bank.name) if isinstance(gates, dict) else bank.name)]
+        return self.gates[t].w[
+            names.index(gates.get(bank.name, bank.name) if isinstance(gates, dict) else bank.name)
+        ]
 
     # Experts
 
@@ -117,10 +143,18 @@ class LoopLlama:
                 part, tensors = bank.part, self._tensors(bank)
                 ranks = list(part.r) if isinstance(part.r, tuple) else [part.r] * part.n
                 for t, row in enumerate(x):
-                    choice = self._choose(site, row) if site.kind == "linear" and site.router is not None else None
+                    choice = (
+                        self._choose(site, row) if site.kind == "linear" and site.router is not None else None
+                    )
                     start = 0
                     for e, r in enumerate(ranks):
-                        weight = choice.w[e] if choice else self._gate(bank, place, t) if site.kind == "block" else 1.0
+                        weight = (
+                            choice.w[e]
+                            if choice
+                            else self._gate(bank, place, t)
+                            if site.kind == "block"
+                            else 1.0
+                        )
                         shared = tensors["A"].shape[0] < sum(ranks)
                         a = tensors["A"] if shared else tensors["A"][start : start + r]
                         scale = part.alpha / (math.sqrt(r) if part.rslora else r)
@@ -129,7 +163,8 @@ class LoopLlama:
         return torch.stack(y)
 
     def _prompt(self, layer, q_t, t: int, groups: int) -> Tensor:
-        """g concat_h gamma_h softmax(q_h (W_k P)_h^T / sqrt(d_h)) (W_v P)_h for one token; queries carry their positions."""
+        """g concat_h gamma_h softmax(q_h (W_k P)_h^T / sqrt(d_h)) (W_v P)_h for one token; queries carry
+        their positions."""
         total = torch.zeros(q_t.numel(), dtype=torch.float64)
         for site in self.places:
             for bank in site.banks:
@@ -137,11 +172,14 @@ class LoopLlama:
                     continue
                 tensors = self._tensors(bank)
                 keys, values = (
-                    m(tensors["embedding"]).unflatten(-1, (-1, q_t.shape[-1])) for m in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+                    m(tensors["embedding"]).unflatten(-1, (-1, q_t.shape[-1]))
+                    for m in (layer.self_attn.k_proj, layer.self_attn.v_proj)
                 )
                 parts = []
                 for h in range(q_t.shape[0]):
-                    scores = torch.stack([q_t[h] @ key for key in keys[:, h // groups]]) / math.sqrt(q_t.shape[-1])
+                    scores = torch.stack([q_t[h] @ key for key in keys[:, h // groups]]) / math.sqrt(
+                        q_t.shape[-1]
+                    )
                     parts.append(tensors["gamma"][h, 0] * (scores.softmax(0) @ values[:, h // groups]))
                 total = total + self._gate(bank, "prompt", t) * torch.cat(parts)
         return total
@@ -174,7 +212,9 @@ class LoopLlama:
                 gate = ffn.gate_proj(row) + s * (p["gate_B"][:, own] @ (p["gate_A"][own] @ row))
                 up = ffn.up_proj(row) + s * (p["up_B"][:, own] @ (p["up_A"][own] @ row))
                 inner = _silu(gate) * up
-                total = total + weights[e] * (ffn.down_proj(inner) + s * (p["down_B"][:, own] @ (p["down_A"][own] @ inner)))
+                total = total + weights[e] * (
+                    ffn.down_proj(inner) + s * (p["down_B"][:, own] @ (p["down_A"][own] @ inner))
+                )
             rows.append(total)
         return torch.stack(rows)
 
@@ -190,9 +230,14 @@ def _silu(x) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
-def switch_balance(routing: dict[str, list[Choice]], scope: str = "site", reduce: str = "sum", values: str = "probs"):
-    """L = E sum_i f_i P_i over real tokens, by site or over the tokens of all sites together (adamole.md, mixlora.md)."""
-    groups = list(routing.values()) if scope == "site" else [[c for choices in routing.values() for c in choices]]
+def switch_balance(
+    routing: dict[str, list[Choice]], scope: str = "site", reduce: str = "sum", values: str = "probs"
+):
+    """L = E sum_i f_i P_i over real tokens, by site or over the tokens of all sites together (adamole.md,
+    mixlora.md)."""
+    groups = (
+        list(routing.values()) if scope == "site" else [[c for choices in routing.values() for c in choices]]
+    )
     losses = []
     for choices in groups:
         tokens, experts = len(choices), len(choices[0].p)
@@ -206,4 +251,7 @@ def switch_balance(routing: dict[str, list[Choice]], scope: str = "site", reduce
 
 def z_loss(routing: dict[str, list[Choice]]):
     """sum over sites of mean_t (log sum_i exp z_ti)^2."""
-    return sum(sum(torch.log(sum(torch.exp(z) for z in c.z)) ** 2 for c in choices) / len(choices) for choices in routing.values())
+    return sum(
+        sum(torch.log(sum(torch.exp(z) for z in c.z)) ** 2 for c in choices) / len(choices)
+        for choices in routing.values()
+    )

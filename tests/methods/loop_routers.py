@@ -1,7 +1,9 @@
-"""Routers as loops over experts for one token in fp64, written from the method cards' equations. The oracle of the tests.
+"""Routers as loops over experts for one token in fp64, written from the method cards' equations. The oracle
+of the tests.
 
-Each takes the router's options, its tensors (fp64) and an input u [d], and returns a `Choice`: weight, probability and selection of
-every expert as Python lists of scalars, so that autograd gives the reference gradients.
+Each takes the router's options, its tensors (fp64) and an input u [d], and returns a `Choice`: weight,
+probability and selection of every expert as Python lists of scalars, so that autograd gives the reference
+gradients.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from torch import Tensor
 
 @dataclass
 class Choice:
-    """What one token gets: weight w_i, probability or gate p_i, selection m_i, logits z_i; `tau` where there is a threshold."""
+    """What one token gets: weight w_i, probability or gate p_i, selection m_i, logits z_i; `tau` where there
+    is a threshold."""
 
     w: list
     p: list
@@ -47,7 +50,12 @@ def topk(options, t, u) -> Choice:
     p = _softmax(z)
     best = sorted(range(len(p)), key=lambda i: -float(p[i].detach()))[: options.k]
     total = sum(p[i] for i in best) if options.renormalize else 1
-    return Choice([p[i] / total if i in best else 0 * p[i] for i in range(len(p))], p, [i in best for i in range(len(p))], z)
+    return Choice(
+        [p[i] / total if i in best else 0 * p[i] for i in range(len(p))],
+        p,
+        [i in best for i in range(len(p))],
+        z,
+    )
 
 
 def top_p(options, t, u) -> Choice:
@@ -61,7 +69,12 @@ def top_p(options, t, u) -> Choice:
         if mass >= options.p:
             break
     total = sum(p[i] for i in kept) if options.renormalize else 1
-    return Choice([p[i] / total if i in kept else 0 * p[i] for i in range(len(p))], p, [i in kept for i in range(len(p))], z)
+    return Choice(
+        [p[i] / total if i in kept else 0 * p[i] for i in range(len(p))],
+        p,
+        [i in kept for i in range(len(p))],
+        z,
+    )
 
 
 def adaptive_threshold(options, t, u) -> Choice:
@@ -78,9 +91,14 @@ def adaptive_threshold(options, t, u) -> Choice:
     if adaptive:
         tau = tau / (1 + torch.exp(-(weight[-1] @ u + bias[-1])))
     chosen = [bool(v >= tau) for v in p]
-    gate = [((v - tau) if options.weights == "shifted" else v) if m else 0 * v for v, m in zip(p, chosen, strict=True)]
+    gate = [
+        ((v - tau) if options.weights == "shifted" else v) if m else 0 * v
+        for v, m in zip(p, chosen, strict=True)
+    ]
     total = sum(gate)
-    return Choice([g / total if total.detach() > 0 else g for g in gate], p, chosen, z, tau, [v - tau for v in p])
+    return Choice(
+        [g / total if total.detach() > 0 else g for g in gate], p, chosen, z, tau, [v - tau for v in p]
+    )
 
 
 def _gate_scores(options, t, u) -> list[Tensor]:
@@ -100,7 +118,8 @@ def sigmoid(options, t, u) -> Choice:
 
 
 def threshold(options, t, u) -> Choice:
-    """m_i = [g_i >= tau], tau = Gamma_max sigmoid(v u + c) or Gamma_max; the weight by the way its gradient goes (sparse MoA)."""
+    """m_i = [g_i >= tau], tau = Gamma_max sigmoid(v u + c) or Gamma_max; the weight by the way its gradient
+    goes (sparse MoA)."""
     z = _gate_scores(options, t, u)
     g = [1 / (1 + torch.exp(-v)) for v in z]
     tau = torch.tensor(options.gamma_max, dtype=u.dtype)

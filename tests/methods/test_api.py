@@ -1,4 +1,5 @@
-"""What notebooks use: load, record, capture_routing, sites, param_count; and that the hot path asks the device for nothing.
+"""What notebooks use: load, record, capture_routing, sites, param_count; and that the hot path asks the
+device for nothing.
 
 Run: python -m pytest tests/methods/test_api.py
 """
@@ -25,11 +26,15 @@ class ForbidSyncs(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
-        if any(part in name for part in ("nonzero", "_local_scalar_dense", "masked_select", "unique", "bincount")):
+        if any(
+            part in name for part in ("nonzero", "_local_scalar_dense", "masked_select", "unique", "bincount")
+        ):
             raise AssertionError(f"{name}: a host synchronisation on the hot path")
         if name.startswith(("aten.index.", "aten.index_put")):
             indices = [i for i in args[1] if i is not None]
-            assert not any(i.dtype in (torch.bool, torch.uint8) for i in indices), f"{name} with a boolean index"
+            assert not any(i.dtype in (torch.bool, torch.uint8) for i in indices), (
+                f"{name} with a boolean index"
+            )
         return function(*args, **(kwargs or {}))
 
 
@@ -56,7 +61,12 @@ def test_no_host_synchronisation_in_a_training_step(name, recorded):
 
 def test_the_guard_sees_synchronisations():
     x = torch.randn(4)
-    for operation in (lambda: x[x > 0], lambda: x.sum().item(), lambda: (x > 0).nonzero(), lambda: x.index_put((x > 0,), x[:1])):
+    for operation in (
+        lambda: x[x > 0],
+        lambda: x.sum().item(),
+        lambda: (x > 0).nonzero(),
+        lambda: x.index_put((x > 0,), x[:1]),
+    ):
         with pytest.raises(AssertionError), ForbidSyncs():
             operation()
 
@@ -77,19 +87,25 @@ def test_routing_of_every_site(name):
         assert found.weights.dtype == torch.float32 and not found.weights.requires_grad
         assert torch.equal(found.mask, inputs["attention_mask"].flatten().bool())
         assert found.granularity == sites[site].router.granularity
-        assert found.soft == (name not in ("moa_sparse", "adamole", "moe_lora_topk", "mixlora", "mixlora_dynamic"))
+        assert found.soft == (
+            name not in ("moa_sparse", "adamole", "moe_lora_topk", "mixlora", "mixlora_dynamic")
+        )
 
 
 def test_names_of_sites():
     linear = [s.name for s in attached("molora").base_model.sites()]
     assert linear == [f"model.layers.{i}.{p}" for i in (0, 1) for p in ("q", "k", "v", "o", "down")]
-    assert [s.name for s in attached("moa_soft").base_model.sites()] == ["model.layers.0.block", "model.layers.1.block"]
+    assert [s.name for s in attached("moa_soft").base_model.sites()] == [
+        "model.layers.0.block",
+        "model.layers.1.block",
+    ]
     mix = [s.name for s in attached("mixlora").base_model.sites()]
     assert mix[:5] == ["model.layers.0.ffn", *(f"model.layers.0.attention.{p}" for p in "qkvo")]
 
 
 def test_banks_show_their_tensors():
-    """A, B, owner and scale give the update of a linear: y = W x + sum_j B[:, j] (w_owner(j) scale_owner(j) (A x)_j)."""
+    """A, B, owner and scale give the update of a linear: y = W x + sum_j B[:, j] (w_owner(j) scale_owner(j)
+    (A x)_j)."""
     model = attached("molora", **{"experts.n": 3, "experts.r": [1, 4, 2], "experts.alpha": 3})
     site = model.base_model.sites()[0]
     bank = site.banks[0]
@@ -98,16 +114,28 @@ def test_banks_show_their_tensors():
     x = torch.randn(1, 1, 32)
     with torch.no_grad():
         w = (x[0, 0] @ site.tensors["weight"].t()).softmax(-1)
-        want = layer.self_attn.q_proj.base_layer(x)[0, 0] + bank.B @ (w[bank.owner] * bank.scale[bank.owner] * (bank.A @ x[0, 0]))
+        want = layer.self_attn.q_proj.base_layer(x)[0, 0] + bank.B @ (
+            w[bank.owner] * bank.scale[bank.owner] * (bank.A @ x[0, 0])
+        )
         assert torch.allclose(layer.self_attn.q_proj(x)[0, 0], want, atol=1e-5)
-    owned = {id(t) for s in model.base_model.sites() for t in (*s.tensors.values(), *(t for b in s.banks for t in b.tensors.values()))}
-    assert owned == {id(p) for p in trainable(model).values()}, "sites() shows every trained tensor and nothing else"
+    owned = {
+        id(t)
+        for s in model.base_model.sites()
+        for t in (*s.tensors.values(), *(t for b in s.banks for t in b.tensors.values()))
+    }
+    assert owned == {id(p) for p in trainable(model).values()}, (
+        "sites() shows every trained tensor and nothing else"
+    )
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_sites_show_every_trained_tensor(name):
     model = attached(name)
-    shown = [id(t) for s in model.base_model.sites() for t in (*s.tensors.values(), *(t for b in s.banks for t in b.tensors.values()))]
+    shown = [
+        id(t)
+        for s in model.base_model.sites()
+        for t in (*s.tensors.values(), *(t for b in s.banks for t in b.tensors.values()))
+    ]
     assert sorted(shown) == sorted(id(p) for p in trainable(model).values())
 
 
@@ -124,7 +152,9 @@ def test_record_joins_passes_nests_and_stays_silent_outside():
     for recorder, count in ((outer, 2), (inner, 2)):
         assert {r.weights.shape[0] for r in recorder.routing.values()} == {count * rows}
     masks = [r.mask for r in inner.routing.values()]
-    assert all(m[:rows].all() and torch.equal(m[rows:], inputs["attention_mask"].flatten().bool()) for m in masks)
+    assert all(
+        m[:rows].all() and torch.equal(m[rows:], inputs["attention_mask"].flatten().bool()) for m in masks
+    )
 
 
 def test_record_closes_after_an_error_and_changes_nothing():

@@ -1,5 +1,5 @@
-"""Every adapter on every supported architecture, through stock transformers classes: start, training, cache, saving, disabling; and the
-refusal of models without the modules sought.
+"""Every adapter on every supported architecture, through stock transformers classes: start, training, cache,
+saving, disabling; and the refusal of models without the modules sought.
 
 Run: python -m pytest tests/methods/test_architectures.py
 """
@@ -12,7 +12,21 @@ import pytest
 import torch
 import transformers as tf
 from peft import PeftModel
-from tiny import ADAPTERS, ARCHITECTURES, MIXTURES, PAD, VOCAB, assert_near, attached, base, batch, logits, prompt_mask, train, trainable
+from tiny import (
+    ADAPTERS,
+    ARCHITECTURES,
+    MIXTURES,
+    PAD,
+    VOCAB,
+    assert_near,
+    attached,
+    base,
+    batch,
+    logits,
+    prompt_mask,
+    train,
+    trainable,
+)
 
 from moabench import methods
 from moabench.methods import catalog
@@ -51,7 +65,12 @@ def test_attach_train_generate_save_disable(name, plain, tmp_path):
                 use_cache=True,
             )
             cache = out.past_key_values
-            assert_near(f"cached tokens {start}..{stop}", out.logits[real[:, start:stop]], full[:, start:stop][real[:, start:stop]], BOUND)
+            assert_near(
+                f"cached tokens {start}..{stop}",
+                out.logits[real[:, start:stop]],
+                full[:, start:stop][real[:, start:stop]],
+                BOUND,
+            )
         tokens = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -71,12 +90,26 @@ def test_attach_train_generate_save_disable(name, plain, tmp_path):
 
 @pytest.mark.parametrize("name", ["molora", "hydralora", "adamole"])
 def test_all_seven_roles(name, plain):
-    """Fused linears (Phi-3) serve several roles; each role has tensors of its own shape, an effect and a gradient."""
+    """Fused linears (Phi-3) serve several roles; each role has tensors of its own shape, an effect and a
+    gradient."""
     model = attached(name, copy.deepcopy(plain), **ALL_LINEARS)
     config = plain.config
     heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    q, kv, d, f = heads * config.num_attention_heads, heads * config.num_key_value_heads, config.hidden_size, config.intermediate_size
-    shapes = {"q": (d, q), "k": (d, kv), "v": (d, kv), "o": (q, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+    q, kv, d, f = (
+        heads * config.num_attention_heads,
+        heads * config.num_key_value_heads,
+        config.hidden_size,
+        config.intermediate_size,
+    )
+    shapes = {
+        "q": (d, q),
+        "k": (d, kv),
+        "v": (d, kv),
+        "o": (q, d),
+        "gate": (d, f),
+        "up": (d, f),
+        "down": (f, d),
+    }
     sites = model.base_model.sites()
     assert len(sites) == 2 * 7
     want = logits(model, **batch())
@@ -90,18 +123,29 @@ def test_all_seven_roles(name, plain):
             bank.B.copy_(kept)
     model(**batch(), labels=batch()["input_ids"]).loss.backward()
     without = [n for n, p in trainable(model).items() if p.grad is None or not p.grad.count_nonzero()]
-    # AdaMoLE's weights are shares of their sum: 1, without a gradient, where every token of a site selects one expert.
+    # AdaMoLE's weights are shares of their sum: 1, without a gradient, where every token of a site selects
+    # one expert.
     routing = methods.capture_routing(model, batch()) if name == "adamole" else {}
-    alone = {site.rpartition(".")[::2] for site, r in routing.items() if (r.chosen[r.mask].sum(-1) == 1).all()}
-    assert not [n for n in without if not any(f"{layer}.mixture" in n and f"__router__{role}__" in n for layer, role in alone)]
+    alone = {
+        site.rpartition(".")[::2] for site, r in routing.items() if (r.chosen[r.mask].sum(-1) == 1).all()
+    }
+    assert not [
+        n
+        for n in without
+        if not any(f"{layer}.mixture" in n and f"__router__{role}__" in n for layer, role in alone)
+    ]
     assert len(alone) < 4
 
 
 def test_roles_of_a_fused_linear_are_its_slices():
-    """Phi-3's qkv_proj with LoRA on v alone changes only the values; the same A and B on separate linears give the same model."""
+    """Phi-3's qkv_proj with LoRA on v alone changes only the values; the same A and B on separate linears
+    give the same model."""
     fused, split = base("phi3"), base("llama", rms_norm_eps=1e-5)
     with torch.no_grad():
-        split.load_state_dict({k: v for k, v in fused.state_dict().items() if "qkv" not in k and "gate_up" not in k}, strict=False)
+        split.load_state_dict(
+            {k: v for k, v in fused.state_dict().items() if "qkv" not in k and "gate_up" not in k},
+            strict=False,
+        )
         for a, b in zip(fused.model.layers, split.model.layers, strict=True):
             b.self_attn.q_proj.weight.copy_(a.self_attn.qkv_proj.weight[:32])
             b.self_attn.k_proj.weight.copy_(a.self_attn.qkv_proj.weight[32:48])
@@ -114,7 +158,11 @@ def test_roles_of_a_fused_linear_are_its_slices():
     assert_near("bases", logits(split, **inputs)[real], logits(fused, **inputs)[real], 1e-5)
     for name in MIXTURES:
         pair = [
-            attached(name, copy.deepcopy(m), **({} if name != "molora" else {"experts.targets": ["v", "gate", "down"]}))
+            attached(
+                name,
+                copy.deepcopy(m),
+                **({} if name != "molora" else {"experts.targets": ["v", "gate", "down"]}),
+            )
             for m in (fused, split)
         ]
         assert trainable(pair[0]).keys() == trainable(pair[1]).keys()
@@ -122,8 +170,9 @@ def test_roles_of_a_fused_linear_are_its_slices():
 
 
 def test_prompt_term_by_architecture(plain):
-    """a += concat_h gamma_h softmax(q_h k_norm(W_k P)_h^T scaling) (W_v P)_h: keys are normalised where the model normalises its own
-    (Qwen3 by head, OLMo2 over all heads), have no positions, and keep the model's scaling (Gemma2)."""
+    """a += concat_h gamma_h softmax(q_h k_norm(W_k P)_h^T scaling) (W_v P)_h: keys are normalised where the
+    model normalises its own (Qwen3 by head, OLMo2 over all heads), have no positions, and keep the model's
+    scaling (Gemma2)."""
     only_prompt = {
         "experts.lora": None,
         "experts.parallel_adapter": None,
@@ -135,7 +184,9 @@ def test_prompt_term_by_architecture(plain):
     layer, ids = model.base_model.model.model.layers[0], batch()["input_ids"]
     attention, bank = layer.self_attn, model.base_model.sites()[0].banks[0].tensors
     seen = {}
-    attention.register_forward_pre_hook(lambda m, a, k: seen.update(k, hidden=a[0] if a else k["hidden_states"]), with_kwargs=True)
+    attention.register_forward_pre_hook(
+        lambda m, a, k: seen.update(k, hidden=a[0] if a else k["hidden_states"]), with_kwargs=True
+    )
     attention.o_proj.register_forward_pre_hook(lambda m, a: seen.update(output=a[0]))
     logits(model, input_ids=ids)
     with_prompt = seen["output"]
@@ -163,7 +214,10 @@ def test_prompt_term_by_architecture(plain):
         half, (cos, sin) = size // 2, seen["position_embeddings"]
         turned = torch.cat([-queries[..., half:], queries[..., :half]], -1)
         queries = queries * cos.unsqueeze(2) + turned * sin.unsqueeze(2)
-        keys, values = norm("k", project("k", bank["embedding"])), project("v", bank["embedding"]).unflatten(-1, (-1, size))
+        keys, values = (
+            norm("k", project("k", bank["embedding"])),
+            project("v", bank["embedding"]).unflatten(-1, (-1, size)),
+        )
         want = torch.zeros_like(delta)
         for h in range(4):
             weights = (queries[:, :, h] @ keys[:, h // groups].t() * attention.scaling).softmax(-1)
@@ -184,7 +238,14 @@ def test_gpt2_is_refused_with_what_was_sought_and_found(name):
 def test_a_layer_without_a_gated_block_is_refused_by_role():
     """OPT has q_proj but no gate: the message names the missing role and what the layer has."""
     model = tf.OPTForCausalLM(
-        tf.OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCAB, word_embed_proj_dim=16)
+        tf.OPTConfig(
+            hidden_size=16,
+            ffn_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=VOCAB,
+            word_embed_proj_dim=16,
+        )
     )
     with pytest.raises(ConfigError) as error:
         methods.attach(model, catalog.raw("mixlora"))
@@ -193,12 +254,21 @@ def test_a_layer_without_a_gated_block_is_refused_by_role():
 
 def test_a_refused_model_is_left_as_it_was():
     model = tf.OPTForCausalLM(
-        tf.OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCAB, word_embed_proj_dim=16)
+        tf.OPTConfig(
+            hidden_size=16,
+            ffn_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=VOCAB,
+            word_embed_proj_dim=16,
+        )
     )
     names = [n for n, _ in model.named_modules()]
     implementation = model.config._attn_implementation
     for name in ("mixlora", "moa_soft"):
         with pytest.raises(ConfigError):
             methods.attach(model, catalog.raw(name))
-    assert [n for n, _ in model.named_modules()] == names and model.config._attn_implementation == implementation
+    assert [
+        n for n, _ in model.named_modules()
+    ] == names and model.config._attn_implementation == implementation
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())

@@ -1,4 +1,5 @@
-"""Every shipped method on the Triton kernels against itself on plain torch: training losses, gradients, decoding.
+"""Every shipped method on the Triton kernels against itself on plain torch: training losses, gradients,
+decoding.
 
 In Triton's interpreter where there is no GPU. Run: python -m pytest tests/methods/test_backends.py
 """
@@ -15,7 +16,10 @@ from moabench import methods
 from moabench.kernels import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = {name: {"experts.n": 3, "experts.r": 2} if "n" in METHODS[name].data["experts"] else {} for name in MIXTURES}
+SIZES = {
+    name: {"experts.n": 3, "experts.r": 2} if "n" in METHODS[name].data["experts"] else {}
+    for name in MIXTURES
+}
 """Fewer experts where there are eight: the interpreter takes its time."""
 
 
@@ -24,8 +28,8 @@ def placed(tensors: dict) -> dict:
 
 
 def trained(name: str, kernels: str, steps: int = 2):
-    """Losses of a few SGD steps, the gradients of the first, and logits before. (AdamW divides gradients by their size, so that of
-    tensors without a real gradient it would compare rounding errors.)"""
+    """Losses of a few SGD steps, the gradients of the first, and logits before. (AdamW divides gradients by
+    their size, so that of tensors without a real gradient it would compare rounding errors.)"""
     model, inputs = attached(name, **SIZES[name]).to(DEVICE), placed(batch(left=2, length=6))
     labels = answer_only(inputs["input_ids"], prompt=3)
     optimiser = torch.optim.SGD(list(trainable(model).values()), lr=1e-2)
@@ -48,7 +52,10 @@ def trained(name: str, kernels: str, steps: int = 2):
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_same_training_on_both_backends(name):
-    (torch_losses, torch_gradients, torch_logits), (losses_, gradients, logits_) = trained(name, "torch"), trained(name, "triton")
+    (torch_losses, torch_gradients, torch_logits), (losses_, gradients, logits_) = (
+        trained(name, "torch"),
+        trained(name, "triton"),
+    )
     for ours, theirs in zip(losses_, torch_losses, strict=True):
         assert abs(ours - theirs) <= 1e-5 * abs(theirs)
     assert gradients.keys() == torch_gradients.keys()
@@ -64,15 +71,26 @@ def test_the_kernels_run(monkeypatch):
     from moabench.kernels.triton import lowrank, mix_ffn, route
 
     calls: set[str] = set()
-    for module, name in ((lowrank, "shrink"), (lowrank, "expand_add_"), (lowrank, "outer"), (mix_ffn, "mix_ffn"), (route, "route")):
+    for module, name in (
+        (lowrank, "shrink"),
+        (lowrank, "expand_add_"),
+        (lowrank, "outer"),
+        (mix_ffn, "mix_ffn"),
+        (route, "route"),
+    ):
         original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, original=original, name=name: calls.add(name) or original(*a))
+        monkeypatch.setattr(
+            module, name, lambda *a, original=original, name=name: calls.add(name) or original(*a)
+        )
     trained("mixlora", "triton", steps=1)
     assert calls == {"shrink", "expand_add_", "outer", "mix_ffn", "route"}
 
 
 def test_routing_is_the_same_and_carries_its_load():
-    model, inputs = attached("moe_lora_topk", **SIZES["moe_lora_topk"]).to(DEVICE), placed(batch(left=2, length=6))
+    model, inputs = (
+        attached("moe_lora_topk", **SIZES["moe_lora_topk"]).to(DEVICE),
+        placed(batch(left=2, length=6)),
+    )
     with backend.use("torch"):
         want = methods.capture_routing(model, inputs)
     with backend.use("triton"):

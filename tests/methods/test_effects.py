@@ -1,4 +1,5 @@
-"""What each expert does, against equations from its tensors, against the whole place, and against a model whose expert was taken out.
+"""What each expert does, against equations from its tensors, against the whole place, and against a model
+whose expert was taken out.
 
 pytest tests/methods/test_effects.py
 """
@@ -19,7 +20,11 @@ def nothing(routing):
 
 
 def watched(model, names=None, **more):
-    names = {site.name for site in model.base_model.sites() if site.router is not None} if names is None else names
+    names = (
+        {site.name for site in model.base_model.sites() if site.router is not None}
+        if names is None
+        else names
+    )
     inputs = tiny.batch(right=2) | more
     with torch.no_grad(), methods.record(model) as recorder, methods.watch(model, names) as found:
         model(**inputs, use_cache=False)
@@ -49,7 +54,9 @@ def test_low_rank_outputs_by_the_equation():
     p, b = w.low_rank()
     for e in range(8):
         rows = slice(3 * e, 3 * e + 3)
-        tiny.assert_near(f"expert {e}", p[e] @ b.T, 2.0 * w.read.flatten(0, 1) @ bank.A[rows].T @ bank.B[:, rows].T, 1e-4)
+        tiny.assert_near(
+            f"expert {e}", p[e] @ b.T, 2.0 * w.read.flatten(0, 1) @ bank.A[rows].T @ bank.B[:, rows].T, 1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["mixlora", "mixlora_dynamic"])
@@ -63,8 +70,12 @@ def test_feed_forward_experts_by_the_equation_selected_or_not(name):
     for e in range(part.n):
         rows = slice(part.r * e, part.r * (e + 1))
         update = {c: part.scale * t[f"{c}_B"][:, rows] @ t[f"{c}_A"][rows] for c in ("gate", "up", "down")}
-        inner = F.silu(F.linear(x, ffn.gate_proj.weight + update["gate"])) * F.linear(x, ffn.up_proj.weight + update["up"])
-        tiny.assert_near(f"expert {e}", outputs[e], F.linear(inner, ffn.down_proj.weight + update["down"]) - ffn(x), 1e-3)
+        inner = F.silu(F.linear(x, ffn.gate_proj.weight + update["gate"])) * F.linear(
+            x, ffn.up_proj.weight + update["up"]
+        )
+        tiny.assert_near(
+            f"expert {e}", outputs[e], F.linear(inner, ffn.down_proj.weight + update["down"]) - ffn(x), 1e-3
+        )
 
 
 @pytest.mark.parametrize("name", ["moa_soft", "moa_sparse", "moa_instance"])
@@ -100,7 +111,9 @@ def test_a_block_with_one_expert_alone_is_the_frozen_layer_plus_its_effect():
     plain.mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.update(x=args[0]))
     frozen = plain(*w.args, **{key: value for key, value in w.kwargs.items() if key != "mixture_context"})
     tiny.assert_near("frozen", w.run(nothing), frozen, 1e-5)
-    tiny.assert_near("down", outputs[e], (bank.scale[0] * inputs["x"] @ bank.A.T @ bank.B.T).flatten(0, 1), 1e-3)
+    tiny.assert_near(
+        "down", outputs[e], (bank.scale[0] * inputs["x"] @ bank.A.T @ bank.B.T).flatten(0, 1), 1e-3
+    )
 
 
 def test_watching_changes_nothing_and_leaves_nothing():
@@ -110,9 +123,16 @@ def test_watching_changes_nothing_and_leaves_nothing():
     found["model.layers.0.block"].outputs()
     assert torch.equal(tiny.logits(model, **inputs), before)
     assert all(layer.live is None for layer in model.base_model.mixture_layers())
-    assert not any(hook for m in model.modules() for hook in m._forward_pre_hooks.values() if "effects" in getattr(hook, "__module__", ""))
+    assert not any(
+        hook
+        for m in model.modules()
+        for hook in m._forward_pre_hooks.values()
+        if "effects" in getattr(hook, "__module__", "")
+    )
     again, _ = watched(model)
-    torch.testing.assert_close(again["model.layers.0.block"].outputs(), found["model.layers.0.block"].outputs())
+    torch.testing.assert_close(
+        again["model.layers.0.block"].outputs(), found["model.layers.0.block"].outputs()
+    )
 
 
 def test_the_recorder_sees_what_the_router_decided():
@@ -122,7 +142,9 @@ def test_the_recorder_sees_what_the_router_decided():
     w = found["model.layers.0.q"]
     changed = w.run(nothing)
     torch.testing.assert_close(changed, w.site.module.base_layer(*w.args), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found["model.layers.0.k"].run(lambda r: r), w.site.layer.layer.places["k"].parent.k_proj(*w.args))
+    torch.testing.assert_close(
+        found["model.layers.0.k"].run(lambda r: r), w.site.layer.layer.places["k"].parent.k_proj(*w.args)
+    )
     assert routing["model.layers.0.q"].weights.sum(-1).allclose(torch.ones(18))
 
 

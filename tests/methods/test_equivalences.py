@@ -1,4 +1,5 @@
-"""Identities between methods that the cards state: one expert is LoRA, forced gates give the naive sum, limits of thresholds, equal ones.
+"""Identities between methods that the cards state: one expert is LoRA, forced gates give the naive sum,
+limits of thresholds, equal ones.
 
 Run: python -m pytest tests/methods/test_equivalences.py
 """
@@ -35,7 +36,8 @@ def copy_banks(source, target):
 
 @torch.no_grad()
 def force_gates(model, values):
-    """Make a linear gate network give the constant gates 0 or 1 (sigmoid of -200 and 200 are exact in fp32), one for each output."""
+    """Make a linear gate network give the constant gates 0 or 1 (sigmoid of -200 and 200 are exact in fp32),
+    one for each output."""
     for site in model.base_model.sites():
         site.tensors["weight"].zero_()
         site.tensors["bias"].copy_(torch.tensor([400.0 * v - 200.0 for v in values]))
@@ -50,7 +52,9 @@ def peft_lora(model, **overrides):
         for site in model.base_model.sites():
             for bank in site.banks:
                 parent = "mlp" if bank.place in ("gate", "up", "down") else "self_attn"
-                layer = modules[f"base_model.model.model.layers.{site.name.split('.')[2]}.{parent}.{bank.place}_proj"]
+                layer = modules[
+                    f"base_model.model.model.layers.{site.name.split('.')[2]}.{parent}.{bank.place}_proj"
+                ]
                 layer.lora_A["default"].weight.copy_(bank.A)
                 layer.lora_B["default"].weight.copy_(bank.B)
     return lora
@@ -77,14 +81,22 @@ def test_one_expert_is_lora(name, rslora):
 
 
 def test_one_mixlora_expert_is_lora_on_the_block():
-    model = attached("mixlora", **ONE, **{"router.k": 1, "experts.dropout": 0.0, "also.attention.experts.targets": ["q"]})
-    lora = attached("lora", **{"experts.r": 4, "experts.alpha": 6, "experts.targets": ["q", "gate", "up", "down"]})
+    model = attached(
+        "mixlora", **ONE, **{"router.k": 1, "experts.dropout": 0.0, "also.attention.experts.targets": ["q"]}
+    )
+    lora = attached(
+        "lora", **{"experts.r": 4, "experts.alpha": 6, "experts.targets": ["q", "gate", "up", "down"]}
+    )
     modules = dict(lora.named_modules())
     with torch.no_grad():
         for site in model.base_model.sites():
             layer = f"base_model.model.model.layers.{site.name.split('.')[2]}"
             for bank in site.banks:
-                roles = {"q": "self_attn.q_proj"} if bank.place == "q" else {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
+                roles = (
+                    {"q": "self_attn.q_proj"}
+                    if bank.place == "q"
+                    else {r: f"mlp.{r}_proj" for r in ("gate", "up", "down")}
+                )
                 for role, path in roles.items():
                     prefix = "" if role == "q" else f"{role}_"
                     modules[f"{layer}.{path}"].lora_A["default"].weight.copy_(bank.tensors[f"{prefix}A"])
@@ -94,7 +106,10 @@ def test_one_mixlora_expert_is_lora_on_the_block():
 
 def test_rslora_is_lora_at_another_alpha():
     inputs = batch()
-    first, second = attached("rslora", **{"experts.r": 4, "experts.alpha": 6}), attached("lora", **{"experts.r": 4, "experts.alpha": 12})
+    first, second = (
+        attached("rslora", **{"experts.r": 4, "experts.alpha": 6}),
+        attached("lora", **{"experts.r": 4, "experts.alpha": 12}),
+    )
     assert_near("logits", logits(first, **inputs), logits(second, **inputs), 1e-6)
 
 
@@ -132,7 +147,9 @@ def test_permuting_experts_with_their_router_rows_changes_nothing(name):
     assert_near("logits", logits(model, **batch()), want, BOUND)
 
 
-@pytest.mark.parametrize(("name", "selective"), [("moe_lora_topk", {"router.k": 3}), ("adamole", {"router.tau_max": 1e-9})])
+@pytest.mark.parametrize(
+    ("name", "selective"), [("moe_lora_topk", {"router.k": 3}), ("adamole", {"router.tau_max": 1e-9})]
+)
 def test_selecting_everything_is_the_soft_mixture(name, selective):
     """k = E, and tau -> 0, give MoLoRA."""
     many = {"experts.n": 3, "experts.r": 2, "router.bias": False}
@@ -150,7 +167,10 @@ def test_naive_sum_is_the_block_mixture_with_gates_forced_to_one():
     for name, outputs in (("moa_soft", 7), ("moa_instance", 7), ("unipeft", 3)):
         model = force_gates(copy_banks(plain, attached(name, **{"router.net": "linear"})), [1] * outputs)
         assert_near(name, logits(model, **inputs), want, BOUND)
-    only_lora = attached("naive_sum", **{"experts.prompt": None, "experts.parallel_adapter": None, "experts.r": 4, "experts.alpha": 6})
+    only_lora = attached(
+        "naive_sum",
+        **{"experts.prompt": None, "experts.parallel_adapter": None, "experts.r": 4, "experts.alpha": 6},
+    )
     assert_near("LoRA alone", logits(only_lora, **inputs), logits(peft_lora(only_lora), **inputs), BOUND)
 
 
@@ -164,7 +184,9 @@ def test_a_gate_of_zero_removes_exactly_its_adapter(output):
     name = model.base_model.sites()[0].experts[output]
     with torch.no_grad():
         for site in model.base_model.sites():
-            bank = next(b for b in site.banks if name in (b.place, b.name) and (b.name == name or b.name == "lora"))
+            bank = next(
+                b for b in site.banks if name in (b.place, b.name) and (b.name == name or b.name == "lora")
+            )
             for key in ("B", "gamma", "up", "up_bias"):
                 if key in bank.tensors:
                     bank.tensors[key].zero_()
@@ -186,7 +208,8 @@ def test_sparse_moa_at_its_limits():
 
 
 def test_official_slip_ties_the_adapter_to_the_prompts_gate():
-    """unipeft.md: with the published slip the adapter follows the prompt's gate, and its own gate learns nothing."""
+    """unipeft.md: with the published slip the adapter follows the prompt's gate, and its own gate learns
+    nothing."""
     slip = {"lora": "lora", "prompt": "prompt", "parallel_adapter": "prompt"}
     model = attached("unipeft", gates=slip)
     model(**batch(), labels=answer_only(batch()["input_ids"])).loss.backward()
@@ -199,8 +222,13 @@ def test_official_slip_ties_the_adapter_to_the_prompts_gate():
 
 
 def test_shared_a_gets_gradient_from_all_experts():
-    """hydralora.md: one A; its gradient is the sum over experts, and the output is linear in the B's for fixed weights."""
-    model = attached("hydralora", **{"experts.n": 3, "experts.r": 2, "experts.targets": ["down"]}, model=base(num_hidden_layers=1))
+    """hydralora.md: one A; its gradient is the sum over experts, and the output is linear in the B's for
+    fixed weights."""
+    model = attached(
+        "hydralora",
+        **{"experts.n": 3, "experts.r": 2, "experts.targets": ["down"]},
+        model=base(num_hidden_layers=1),
+    )
     bank = model.base_model.sites()[0].banks[0]
     assert bank.A.shape == (2, 48) and bank.B.shape == (32, 6)
     kept, hidden = bank.B.detach().clone(), torch.randn(1, 4, 48)

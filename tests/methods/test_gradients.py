@@ -1,4 +1,5 @@
-"""Gradients reach exactly what each card says, under plain backward, gradient checkpointing and gradient accumulation.
+"""Gradients reach exactly what each card says, under plain backward, gradient checkpointing and gradient
+accumulation.
 
 Run: python -m pytest tests/methods/test_gradients.py
 """
@@ -7,7 +8,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ADAPTERS, MIXTURES, answer_only, assert_near, attached, base, batch, losses, randomise, train, trainable
+from tiny import (
+    ADAPTERS,
+    MIXTURES,
+    answer_only,
+    assert_near,
+    attached,
+    base,
+    batch,
+    losses,
+    randomise,
+    train,
+    trainable,
+)
 
 from moabench import methods
 from moabench.methods import catalog
@@ -16,7 +29,8 @@ BLOCK = ("moa_soft", "moa_sparse", "moa_instance", "unipeft", "naive_sum")
 
 
 def backward(model, auxiliary: bool = False, inputs=None, seed: int = 0):
-    """Gradients of the task loss (and the auxiliary losses) by parameter name, in training mode; None where there is none."""
+    """Gradients of the task loss (and the auxiliary losses) by parameter name, in training mode; None where
+    there is none."""
     inputs = inputs or batch(left=2)
     model.train()
     model.zero_grad(set_to_none=True)
@@ -40,7 +54,11 @@ def test_the_base_gets_no_gradient(name):
     model = attached(name)
     backward(model, auxiliary=True)
     assert not [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
-    assert all(not p.requires_grad for n, p in model.named_parameters() if "base_layer" in n or ("embed" in n and "mixture" not in n))
+    assert all(
+        not p.requires_grad
+        for n, p in model.named_parameters()
+        if "base_layer" in n or ("embed" in n and "mixture" not in n)
+    )
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -53,7 +71,8 @@ def test_every_trained_tensor_learns_once_nothing_is_zero(name):
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_gradients_at_step_zero(name):
-    """B = 0: gradient for B, none for A and the linears' routers; gamma = 0: for gamma, none for the prompt (lora.md, moa_soft.md)."""
+    """B = 0: gradient for B, none for A and the linears' routers; gamma = 0: for gamma, none for the prompt
+    (lora.md, moa_soft.md)."""
     model = attached(name, trained=False)
     for n, g in backward(model).items():
         bank, _, tensor = part(n)
@@ -74,7 +93,9 @@ def test_routers_learn_once_the_experts_do(name):
     routers = {n: g for n, g in backward(model).items() if part(n)[0] == "router" and "threshold" not in n}
     assert routers
     quiet = [n for n, g in routers.items() if size(g) == 0]
-    assert not quiet if name != "adamole" else len(quiet) < len(routers), quiet  # AdaMoLE: none where one expert is selected
+    assert not quiet if name != "adamole" else len(quiet) < len(routers), (
+        quiet
+    )  # AdaMoLE: none where one expert is selected
 
 
 @pytest.mark.parametrize("name", ["moa_soft", "moa_instance", "unipeft", "naive_sum"])
@@ -112,10 +133,16 @@ def test_constant_threshold_has_no_head():
 @pytest.mark.parametrize(("renormalize", "learns"), [(True, False), (False, True)])
 @pytest.mark.parametrize("name", ["moe_lora_topk", "mixlora"])
 def test_top_one_router_learns_from_the_task_only_unrenormalised(name, renormalize, learns):
-    model = attached(name, **{"router.k": 1, "router.renormalize": renormalize, "losses.switch_balance.coef": 0.5})
+    model = attached(
+        name, **{"router.k": 1, "router.renormalize": renormalize, "losses.switch_balance.coef": 0.5}
+    )
     routers = [size(g) for n, g in backward(model).items() if part(n)[0] == "router"]
     assert all(s > 1e-6 for s in routers) if learns else not any(routers)
-    assert all(size(g) > 0 for n, g in backward(model, auxiliary=True).items() if part(n)[0] == "router" and part(n)[2] == "weight")
+    assert all(
+        size(g) > 0
+        for n, g in backward(model, auxiliary=True).items()
+        if part(n)[0] == "router" and part(n)[2] == "weight"
+    )
 
 
 def test_an_expert_without_tokens_gets_no_gradient():
@@ -132,10 +159,20 @@ def test_an_expert_without_tokens_gets_no_gradient():
 
 
 def test_dropout_of_a_mixture_is_seeded_and_shared_by_the_experts():
-    """One mask for all experts of one input: E equal experts with weights that sum to 1 are one LoRA with the same mask."""
-    many = attached("molora", **{"experts.n": 3, "experts.r": 2, "experts.dropout": 0.5, "experts.targets": ["down"]}).train()
+    """One mask for all experts of one input: E equal experts with weights that sum to 1 are one LoRA with the
+    same mask."""
+    many = attached(
+        "molora", **{"experts.n": 3, "experts.r": 2, "experts.dropout": 0.5, "experts.targets": ["down"]}
+    ).train()
     one = attached(
-        "molora", **{"experts.n": 1, "experts.r": 2, "experts.dropout": 0.5, "experts.targets": ["down"], "router.kind": "none"}
+        "molora",
+        **{
+            "experts.n": 1,
+            "experts.r": 2,
+            "experts.dropout": 0.5,
+            "experts.targets": ["down"],
+            "router.kind": "none",
+        },
     ).train()
     with torch.no_grad():
         for site, single in zip(many.base_model.sites(), one.base_model.sites(), strict=True):
@@ -153,7 +190,11 @@ def test_dropout_of_a_mixture_is_seeded_and_shared_by_the_experts():
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_gradient_checkpointing(name):
     """The same loss, gradients, auxiliary losses and records, although every layer runs twice."""
-    overrides = {"losses": {"switch_balance": {"coef": 0.3}}} if name in ("molora", "hydralora", "moe_lora_topk") else {}
+    overrides = (
+        {"losses": {"switch_balance": {"coef": 0.3}}}
+        if name in ("molora", "hydralora", "moe_lora_topk")
+        else {}
+    )
     seen = []
     for checkpointing in (False, True):
         model = attached(name, **overrides)
@@ -171,7 +212,9 @@ def test_gradient_checkpointing(name):
         seen.append((task, extra, rows, {n: p.grad for n, p in trainable(model).items()}))
     (task, extra, rows, grads), (task_2, extra_2, rows_2, grads_2) = seen
     assert torch.equal(task, task_2)
-    assert rows == rows_2 and set(rows.values()) <= {inputs["input_ids"].numel()}, "routing recorded more than once"
+    assert rows == rows_2 and set(rows.values()) <= {inputs["input_ids"].numel()}, (
+        "routing recorded more than once"
+    )
     assert extra.keys() == extra_2.keys()
     for kind in extra:
         assert torch.equal(extra[kind], extra_2[kind]), kind

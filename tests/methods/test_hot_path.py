@@ -1,5 +1,5 @@
-"""What a training step of every shipped method does besides arithmetic: nothing that waits for the host, nothing of output width kept for
-the backward, the same numbers under torch.compile.
+"""What a training step of every shipped method does besides arithmetic: nothing that waits for the host,
+nothing of output width kept for the backward, the same numbers under torch.compile.
 
 Run: python -m pytest tests/methods/test_hot_path.py
 """
@@ -16,7 +16,9 @@ from moabench.methods.bank import LinearExperts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 ALL = [name for name, method in METHODS.items() if method.tuner == "mixture"]
-OF_LINEARS = [n for n in ALL if all(isinstance(b, LinearExperts) for m in METHODS[n].mixtures for b in m.banks.values())]
+OF_LINEARS = [
+    n for n in ALL if all(isinstance(b, LinearExperts) for m in METHODS[n].mixtures for b in m.banks.values())
+]
 
 
 def facts(name: str, sequences: int = 2) -> dict[str, torch.Tensor]:
@@ -29,7 +31,8 @@ def reads_skills(name: str) -> bool:
 
 
 def step(model, name: str = "", device: str = "cpu") -> None:
-    """A training step's forward and backward, auxiliary losses included; of a frozen model, to its embeddings."""
+    """A training step's forward and backward, auxiliary losses included; of a frozen model, to its
+    embeddings."""
     inputs = {k: v.to(device) for k, v in (batch(left=2) | facts(name)).items()}
     labels = answer_only(inputs["input_ids"])
     if not trainable(model):
@@ -52,13 +55,19 @@ def frozen_waits():
     return waits(base().requires_grad_(False))
 
 
-AUXILIARY = {"molora": "cv_squared", "hydralora": "switch_balance", "moe_lora_topk": "switch_balance", "adamole": "switch_balance"}
+AUXILIARY = {
+    "molora": "cv_squared",
+    "hydralora": "switch_balance",
+    "moe_lora_topk": "switch_balance",
+    "adamole": "switch_balance",
+}
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_no_adapter_makes_the_host_wait(name, frozen_waits):
-    """No nonzero, item, boolean indexing, unique, masked_select or bincount beyond the frozen model's own, in forward, auxiliary losses and
-    backward. On a CPU, and only there, an oracle's skill ids are checked by value."""
+    """No nonzero, item, boolean indexing, unique, masked_select or bincount beyond the frozen model's own, in
+    forward, auxiliary losses and backward. On a CPU, and only there, an oracle's skill ids are checked by
+    value."""
     allowed = dict(frozen_waits)
     if reads_skills(name):
         allowed["aten.nonzero.default"] = allowed.get("aten.nonzero.default", 0) + 1
@@ -91,10 +100,15 @@ def test_no_adapter_synchronises_a_gpu(name):
 
 
 def kept(model, name: str, sequences: int, length: int = 8) -> int:
-    """Bytes that a forward keeps, the inputs of frozen linears (which every adapter keeps for dA) left out."""
+    """Bytes that a forward keeps, the inputs of frozen linears (which every adapter keeps for dA) left
+    out."""
     ids = torch.randint(3, 97, (sequences, length), generator=torch.Generator().manual_seed(0))
     seen, hooks = linear_inputs(model)
-    embedded = {"inputs_embeds": model.get_input_embeddings()(ids).requires_grad_()} if not trainable(model) else {"input_ids": ids}
+    embedded = (
+        {"inputs_embeds": model.get_input_embeddings()(ids).requires_grad_()}
+        if not trainable(model)
+        else {"input_ids": ids}
+    )
     with saved_storages() as storages:
         out = model.train()(**embedded, **facts(name, sequences), use_cache=False)
     for hook in hooks:
@@ -104,7 +118,8 @@ def kept(model, name: str, sequences: int, length: int = 8) -> int:
 
 
 def added(name: str, overrides: dict | None = None, **sizes) -> float:
-    """Bytes a token and block that an adapter keeps and the frozen model does not; what does not grow with the tokens is left out."""
+    """Bytes a token and block that an adapter keeps and the frozen model does not; what does not grow with
+    the tokens is left out."""
     adapted, frozen = attached(name, base(**sizes), **(overrides or {})), base(**sizes).requires_grad_(False)
     growth = [kept(adapted, name, n) - kept(frozen, name, n) for n in (2, 6)]
     return (growth[1] - growth[0]) / (4 * 8) / frozen.config.num_hidden_layers
@@ -112,7 +127,8 @@ def added(name: str, overrides: dict | None = None, **sizes) -> float:
 
 @pytest.mark.parametrize("name", OF_LINEARS)
 def test_what_a_mixture_keeps_is_rank_side(name):
-    """A linear keeps S (for a shared A: S once an expert) and Sw, [T, R] each, and a few [T, E] of its router."""
+    """A linear keeps S (for a shared A: S once an expert) and Sw, [T, R] each, and a few [T, E] of its
+    router."""
     mixture = METHODS[name].mixtures[0]
     bank = next(iter(mixture.banks.values()))
     linears = len(bank.targets)
@@ -124,19 +140,28 @@ def test_what_a_mixture_keeps_is_rank_side(name):
 def test_what_a_mixture_keeps_does_not_depend_on_the_output_widths(name):
     """More inner width (gate, up) and wider heads (q, k, v) leave it as it is."""
     overrides = {"experts.targets": ["q", "k", "v", "gate", "up"]}
-    assert added(name, overrides) == added(name, overrides, intermediate_size=96) == added(name, overrides, head_dim=16)
+    assert (
+        added(name, overrides)
+        == added(name, overrides, intermediate_size=96)
+        == added(name, overrides, head_dim=16)
+    )
 
 
 # torch.compile
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if METHODS[n].mixtures[0].site in ("linear", "ffn") and n not in GIVEN])
+@pytest.mark.parametrize(
+    "name", [n for n in ALL if METHODS[n].mixtures[0].site in ("linear", "ffn") and n not in GIVEN]
+)
 def test_compiled_gives_the_same_numbers(name):
-    """Output and gradients of a layer's feed-forward block with its mixtures, eager and compiled; the graph may break."""
+    """Output and gradients of a layer's feed-forward block with its mixtures, eager and compiled; the graph
+    may break."""
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        model = attached(name, base(num_hidden_layers=1), **({"also": None} if name.startswith("mixlora") else {}))
+        model = attached(
+            name, base(num_hidden_layers=1), **({"also": None} if name.startswith("mixlora") else {})
+        )
         block = model.base_model.model.model.layers[0].mlp
         x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(5)).requires_grad_()
         y = (torch.compile(block, backend="aot_eager") if compiled else block)(x)

@@ -1,4 +1,5 @@
-"""Outputs of every method do not depend on padding, on the batch, on later tokens, on the KV cache or on how generation is run.
+"""Outputs of every method do not depend on padding, on the batch, on later tokens, on the KV cache or on how
+generation is run.
 
 Run: python -m pytest tests/methods/test_invariance.py
 """
@@ -42,7 +43,8 @@ def test_padding_and_neighbours_change_nothing(name, left, right):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_selection_and_no_load(side):
-    """Every sparse router makes the same choice for a token whatever surrounds it, and the mask tells padding apart."""
+    """Every sparse router makes the same choice for a token whatever surrounds it, and the mask tells padding
+    apart."""
     for name in ("moa_sparse", "moe_lora_topk", "adamole", "mixlora", "mixlora_dynamic"):
         model = attached(name)
         inputs = batch(**{side: 3})
@@ -100,7 +102,8 @@ def test_sequence_of_one_token_equals_the_token_router():
 
 
 def test_labels_mark_the_prompt():
-    """In training the prompt is where labels are -100; it gives the same gates as the mask that evaluation passes."""
+    """In training the prompt is where labels are -100; it gives the same gates as the mask that evaluation
+    passes."""
     model = attached("moa_instance")
     inputs = batch(left=2)
     masked = logits(model, **inputs, **prompt_mask(model, inputs["input_ids"]))
@@ -126,7 +129,9 @@ def test_cached_logits_equal_full_logits(name, chunks):
                 use_cache=True,
             )
         cache = out.past_key_values
-        assert_near(f"tokens {now.start}..{now.stop}", out.logits[real[:, now]], full[:, now][real[:, now]], BOUND)
+        assert_near(
+            f"tokens {now.start}..{now.stop}", out.logits[real[:, now]], full[:, now][real[:, now]], BOUND
+        )
         start = now.stop
 
 
@@ -149,19 +154,27 @@ def test_generation_of_a_batch_equals_generation_alone(name):
     model = attached(name)
     inputs = batch(left=2, length=6)
     together = generate(model, inputs)
-    single = generate(model, {"input_ids": inputs["input_ids"][:1, 2:], "attention_mask": inputs["attention_mask"][:1, 2:]})
+    single = generate(
+        model, {"input_ids": inputs["input_ids"][:1, 2:], "attention_mask": inputs["attention_mask"][:1, 2:]}
+    )
     assert torch.equal(together[0, 2:], single[0])
 
 
 def test_beams_and_returned_sequences_of_the_instance_router():
-    """Cached gates follow their sequence when beams are reordered and prompts repeated (moa_instance.md, gotcha 3)."""
+    """Cached gates follow their sequence when beams are reordered and prompts repeated (moa_instance.md,
+    gotcha 3)."""
     model = attached("moa_instance")
     inputs = batch(left=2, length=6)
     beams = generate(model, inputs, num_beams=3, num_return_sequences=2)
     assert beams.shape == (4, 12)
     for row in range(2):
         ids = inputs["input_ids"][row : row + 1, 2 * (row == 0) :]
-        one = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, num_beams=3, num_return_sequences=2)
+        one = generate(
+            model,
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+            num_beams=3,
+            num_return_sequences=2,
+        )
         assert torch.equal(beams[2 * row : 2 * row + 2, -6:], one[:, -6:])
     torch.manual_seed(0)
     sampled = generate(model, inputs, do_sample=True, num_return_sequences=3)
@@ -185,7 +198,12 @@ def test_gates_follow_the_cache_when_it_is_rearranged(name):
     want = step()
     swapped = step(("reorder_cache", torch.tensor([1, 0])), rows=(1, 0))
     assert_near("reordered", swapped, want.flip(0), BOUND)
-    assert_near("repeated", step(("batch_repeat_interleave", 2), rows=(0, 0, 1, 1)), want.repeat_interleave(2, 0), BOUND)
+    assert_near(
+        "repeated",
+        step(("batch_repeat_interleave", 2), rows=(0, 0, 1, 1)),
+        want.repeat_interleave(2, 0),
+        BOUND,
+    )
     assert_near("selected", step(("batch_select_indices", torch.tensor([1])), rows=(1,)), want[1:], BOUND)
 
 
@@ -210,7 +228,12 @@ def test_attention_implementations_agree(name, implementation):
     plain.set_attn_implementation(implementation)
     other = base()
     other.set_attn_implementation("sdpa" if implementation == "eager" else "eager")
-    assert_near("logits", logits(attached(name, plain), **inputs)[real], logits(attached(name, other), **inputs)[real], BOUND)
+    assert_near(
+        "logits",
+        logits(attached(name, plain), **inputs)[real],
+        logits(attached(name, other), **inputs)[real],
+        BOUND,
+    )
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -220,15 +243,22 @@ def test_positional_and_embedded_inputs(name):
     inputs = batch(left=2)
     want = logits(model, **inputs)
     with torch.no_grad():
-        assert torch.equal(model(inputs["input_ids"], inputs["attention_mask"], position_ids=inputs["position_ids"]).logits, want)
-        assert torch.equal(model.base_model(inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]).logits, want)
+        assert torch.equal(
+            model(inputs["input_ids"], inputs["attention_mask"], position_ids=inputs["position_ids"]).logits,
+            want,
+        )
+        assert torch.equal(
+            model.base_model(inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]).logits,
+            want,
+        )
         embeds = model.get_input_embeddings()(inputs["input_ids"])
         rest = {k: v for k, v in inputs.items() if k != "input_ids"}
         assert torch.equal(model(inputs_embeds=embeds, **rest).logits, want)
 
 
 def test_a_mask_that_hides_padding_is_refused_where_it_matters():
-    """A 4-D mask says which pairs attend, not which tokens are real: a router that pools, or a recorder, would count padding."""
+    """A 4-D mask says which pairs attend, not which tokens are real: a router that pools, or a recorder,
+    would count padding."""
     ids = torch.ones(1, 4, dtype=torch.long)
     mask = torch.zeros(1, 1, 4, 4)
     with pytest.raises(ConfigError, match="attention_mask"):
@@ -241,7 +271,8 @@ def test_a_mask_that_hides_padding_is_refused_where_it_matters():
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_nothing_kept_for_decoding_outlives_an_optimiser_step(name):
-    """Fused optimisers change a tensor and leave its version as it was, so that a kept copy does not look old."""
+    """Fused optimisers change a tensor and leave its version as it was, so that a kept copy does not look
+    old."""
     model, inputs = attached(name), batch()
     before = logits(model, **inputs)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)

@@ -23,8 +23,11 @@ def attached(name: str, layers: dict, model=None, **overrides):
 
 
 def test_a_smaller_expert_is_a_larger_one_without_its_last_rank_row():
-    """molora with rank 2, and 3 in layers 1 and 3, computes what rank 3 everywhere does where the third row's B is 0 in layers 0 and 2."""
-    mixed = attached("molora", {"1, 3": {"experts": {"r": 3, "alpha": 3}}}, experts={"n": 3, "r": 2, "alpha": 2})
+    """molora with rank 2, and 3 in layers 1 and 3, computes what rank 3 everywhere does where the third row's
+    B is 0 in layers 0 and 2."""
+    mixed = attached(
+        "molora", {"1, 3": {"experts": {"r": 3, "alpha": 3}}}, experts={"n": 3, "r": 2, "alpha": 2}
+    )
     whole = attach("molora", base(num_hidden_layers=4), experts={"n": 3, "r": 3, "alpha": 3})
     small, large = dict(mixed.named_parameters()), dict(whole.named_parameters())
     assert small.keys() == large.keys()
@@ -36,7 +39,9 @@ def test_a_smaller_expert_is_a_larger_one_without_its_last_rank_row():
                 large[name].unflatten(0, (3, 3))[:, :2] = tensor.unflatten(0, (3, 2))
             else:
                 large[name].zero_().unflatten(1, (3, 3))[..., :2] = tensor.unflatten(1, (3, 2))
-    assert sum(t.shape != large[n].shape for n, t in small.items()) == 2 * 5 * 2  # A and B of five linears in two layers
+    assert (
+        sum(t.shape != large[n].shape for n, t in small.items()) == 2 * 5 * 2
+    )  # A and B of five linears in two layers
     inputs = batch()
     ours, theirs = mixed(**inputs), whole(**inputs)
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)
@@ -45,7 +50,9 @@ def test_a_smaller_expert_is_a_larger_one_without_its_last_rank_row():
     for name, tensor in small.items():
         grad = large[name].grad
         if tensor.requires_grad and tensor.shape != large[name].shape:
-            grad = (grad.unflatten(0, (3, 3))[:, :2] if name.endswith("A") else grad.unflatten(1, (3, 3))[..., :2]).reshape(tensor.shape)
+            grad = (
+                grad.unflatten(0, (3, 3))[:, :2] if name.endswith("A") else grad.unflatten(1, (3, 3))[..., :2]
+            ).reshape(tensor.shape)
         if tensor.requires_grad:
             torch.testing.assert_close(tensor.grad, grad, rtol=1e-4, atol=1e-4)
 
@@ -93,7 +100,10 @@ def test_pefts_own_lora_has_ranks_by_layer():
         ({"first": {}}, "'first' names no layers"),
         ({"3-1": {}}, "'3-1' names no layers"),
         ({"0-1": {"experts": {"r": 2}}, "1": {"experts": {"r": 3}}}, "layer 1 was named before"),
-        ({"0": {"experts": {"rr": 2}}}, "unknown key 'method.layers.0.experts.rr' (value 2). Did you mean 'r'?"),
+        (
+            {"0": {"experts": {"rr": 2}}},
+            "unknown key 'method.layers.0.experts.rr' (value 2). Did you mean 'r'?",
+        ),
         ({"0": {"router": {"kind": "topk"}}}, "expected options of 'experts'"),
         ({"0": {"experts": {"targets": ["q"]}}}, "expected the same banks, targets and routers"),
     ],

@@ -1,4 +1,5 @@
-"""Routers that are no linear map of the token, on linears of their own: MoLoRA's experts under MoA's gates, against loops in fp64.
+"""Routers that are no linear map of the token, on linears of their own: MoLoRA's experts under MoA's gates,
+against loops in fp64.
 
 Run: python -m pytest tests/methods/test_linear_gates.py
 """
@@ -25,13 +26,17 @@ def gates(router, p, x):
 @pytest.mark.parametrize("net", ["linear", "swiglu"])
 @pytest.mark.parametrize("kind", ["sigmoid", "threshold"])
 def test_gates_on_a_linear(kind, net):
-    model = attached("molora", router={"kind": kind, "net": net}, experts={"n": 3, "r": 2, "targets": ["q", "down"]})
+    model = attached(
+        "molora", router={"kind": kind, "net": net}, experts={"n": 3, "r": 2, "targets": ["q", "down"]}
+    )
     inputs = batch(right=2)
     met = {}
     sites = {site.name: site for site in model.base_model.sites()}
     assert len(sites) == 4
     for name, site in sites.items():
-        site.module.register_forward_hook(lambda m, args, out, name=name: met.update({name: (args[0].detach(), out.detach())}))
+        site.module.register_forward_hook(
+            lambda m, args, out, name=name: met.update({name: (args[0].detach(), out.detach())})
+        )
     routing = methods.capture_routing(model, inputs)
     for name, site in sites.items():
         x, y = (t.flatten(0, 1).double() for t in met[name])
@@ -42,7 +47,9 @@ def test_gates_on_a_linear(kind, net):
             if not inputs["attention_mask"].flatten()[t]:
                 continue
             if kind == "sigmoid":
-                torch.testing.assert_close(weights[t], gates(site.router, site.tensors, x[t]).detach(), rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(
+                    weights[t], gates(site.router, site.tensors, x[t]).detach(), rtol=1e-5, atol=1e-6
+                )
             expected = frozen @ x[t]
             for e in range(3):
                 expected = expected + weights[t, e] * 8 / 2 * (b[:, e] @ (a[e] @ x[t]))
@@ -52,7 +59,11 @@ def test_gates_on_a_linear(kind, net):
 @pytest.mark.parametrize(
     ("name", "losses", "message"),
     [
-        ("molora", {"switch_balance": {"coef": 0.1, "values": "shifted"}}, "reads tau, which router.kind=softmax does not have"),
+        (
+            "molora",
+            {"switch_balance": {"coef": 0.1, "values": "shifted"}},
+            "reads tau, which router.kind=softmax does not have",
+        ),
         ("molora_oracle", {"z_loss": {"coef": 0.1}}, "reads logits, which router.kind=oracle does not have"),
     ],
 )

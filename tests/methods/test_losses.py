@@ -1,4 +1,5 @@
-"""Auxiliary losses against loops over the recorded routing: padding, scope, reduction, form, coefficient, accumulation.
+"""Auxiliary losses against loops over the recorded routing: padding, scope, reduction, form, coefficient,
+accumulation.
 
 Run: python -m pytest tests/methods/test_losses.py
 """
@@ -20,7 +21,12 @@ def routing_of(probs, chosen, mask=None, **extras):
     extras = {k: v.unsqueeze(1) for k, v in extras.items()}
     logits = probs.log().unsqueeze(1)
     return Routing(
-        weights=probs.unsqueeze(1), chosen=chosen.unsqueeze(1), probs=probs.unsqueeze(1), logits=logits, mask=mask, extras=extras
+        weights=probs.unsqueeze(1),
+        chosen=chosen.unsqueeze(1),
+        probs=probs.unsqueeze(1),
+        logits=logits,
+        mask=mask,
+        extras=extras,
     )
 
 
@@ -30,7 +36,9 @@ def loop_balance(groups, experts) -> float:
     for rows in groups:
         total = 0.0
         for i in range(experts):
-            total += sum(float(c[i]) for c, _ in rows) / len(rows) * sum(float(v[i]) for _, v in rows) / len(rows)
+            total += (
+                sum(float(c[i]) for c, _ in rows) / len(rows) * sum(float(v[i]) for _, v in rows) / len(rows)
+            )
         losses.append(experts * total)
     return losses
 
@@ -48,12 +56,20 @@ def test_switch_balance(scope, reduce, values, masked):
         probs, chosen = torch.randn(7, 4).softmax(-1), torch.rand(7, 4) > 0.4
         shifted = probs - 0.1
         routings.append(routing_of(probs, chosen, mask, tau=torch.full((7, 1), 0.1)))
-        groups.append([(c, v) for c, v, m in zip(chosen, probs if values == "probs" else shifted, real, strict=True) if m])
+        groups.append(
+            [
+                (c, v)
+                for c, v, m in zip(chosen, probs if values == "probs" else shifted, real, strict=True)
+                if m
+            ]
+        )
     if scope == "model":
         groups = [[row for rows in groups for row in rows]]
     want = loop_balance(groups, 4)
     want = 0.7 * (sum(want) if reduce == "sum" else sum(want) / len(want))
-    got = Loss.parse({"kind": "switch_balance", "coef": 0.7, "scope": scope, "reduce": reduce, "values": values}, "")(routings)
+    got = Loss.parse(
+        {"kind": "switch_balance", "coef": 0.7, "scope": scope, "reduce": reduce, "values": values}, ""
+    )(routings)
     assert got.item() == pytest.approx(want, rel=1e-5)
 
 
@@ -117,19 +133,26 @@ def test_losses_of_a_model_do_not_count_padding(name):
     for side in (0, 1):
         join = lambda real, filler: torch.cat([filler, real] if side == 0 else [real, filler], 1)  # noqa: B023, E731
         mask = join(inputs["attention_mask"], pad)
-        padded = {"input_ids": join(inputs["input_ids"], pad), "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        padded = {
+            "input_ids": join(inputs["input_ids"], pad),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+        }
         assert value(padded) == pytest.approx(value(inputs), rel=1e-5)
 
 
 def test_two_passes_in_one_record_share_one_loss():
-    """A loss over two passes is that of their tokens together or of each, never silently doubled for one pass."""
+    """A loss over two passes is that of their tokens together or of each, never silently doubled for one
+    pass."""
     model = attached("adamole", **{"losses.switch_balance.coef": 0.5})
     with methods.record(model) as one:
         model(**batch())
     with methods.record(model) as again:
         model(**batch())
     assert torch.equal(one.losses["switch_balance"], again.losses["switch_balance"])
-    assert torch.equal(one.losses["switch_balance"], one.losses["switch_balance"]), "reading losses changes nothing"
+    assert torch.equal(one.losses["switch_balance"], one.losses["switch_balance"]), (
+        "reading losses changes nothing"
+    )
 
 
 @pytest.mark.parametrize("name", ["adamole", "mixlora"])

@@ -1,4 +1,5 @@
-"""The matrix over every method in conf/method: what holds for all of them at attachment, after training, when saved, switched and removed.
+"""The matrix over every method in conf/method: what holds for all of them at attachment, after training, when
+saved, switched and removed.
 
 Run: python -m pytest tests/methods/test_methods.py
 """
@@ -11,7 +12,19 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel
-from tiny import ADAPTERS, GIVEN, MIXTURES, assert_near, attached, base, batch, logits, prompt_mask, train, trainable
+from tiny import (
+    ADAPTERS,
+    GIVEN,
+    MIXTURES,
+    assert_near,
+    attached,
+    base,
+    batch,
+    logits,
+    prompt_mask,
+    train,
+    trainable,
+)
 
 from moabench import methods
 from moabench.methods import catalog
@@ -20,14 +33,30 @@ from moabench.methods.spec import ConfigError
 NAMES = [name for name in catalog.names() if name not in GIVEN]
 SIZE_KEYS = [  # (method, override, does it grow)
     *((name, {"experts.r": 3}) for name in ADAPTERS),
-    *((name, {"experts.n": 3}) for name in ("molora", "moe_lora_topk", "hydralora", "adamole", "mixlora", "mixlora_dynamic")),
-    *((name, {"experts.lora.r": 3}) for name in ("moa_soft", "moa_sparse", "moa_instance", "unipeft", "naive_sum")),
-    *((name, {"experts.parallel_adapter.bottleneck": 5}) for name in ("moa_soft", "moa_sparse", "moa_instance", "unipeft", "naive_sum")),
+    *(
+        (name, {"experts.n": 3})
+        for name in ("molora", "moe_lora_topk", "hydralora", "adamole", "mixlora", "mixlora_dynamic")
+    ),
+    *(
+        (name, {"experts.lora.r": 3})
+        for name in ("moa_soft", "moa_sparse", "moa_instance", "unipeft", "naive_sum")
+    ),
+    *(
+        (name, {"experts.parallel_adapter.bottleneck": 5})
+        for name in ("moa_soft", "moa_sparse", "moa_instance", "unipeft", "naive_sum")
+    ),
     *((name, {"experts.prompt.length": 3}) for name in ("moa_soft", "moa_instance", "unipeft", "naive_sum")),
     *((name, {"router.width": 2}) for name in ("moa_soft", "moa_sparse", "moa_instance")),
     *((name, {"router.net": "linear"}) for name in ("moa_soft", "moa_sparse", "moa_instance")),
-    *((name, {"router.bias": b}) for name, b in (("molora", True), ("moe_lora_topk", False), ("hydralora", True), ("adamole", False))),
-    *((name, {"experts.targets": ["q", "up"]}) for name in ADAPTERS if "mo" in name and not name.startswith(("mixlora", "moa"))),
+    *(
+        (name, {"router.bias": b})
+        for name, b in (("molora", True), ("moe_lora_topk", False), ("hydralora", True), ("adamole", False))
+    ),
+    *(
+        (name, {"experts.targets": ["q", "up"]})
+        for name in ADAPTERS
+        if "mo" in name and not name.startswith(("mixlora", "moa"))
+    ),
     *((name, {"also.attention.experts.r": 3}) for name in ("mixlora", "mixlora_dynamic")),
     *((name, {"also.attention.experts.targets": ["v"]}) for name in ("mixlora", "mixlora_dynamic")),
     *((name, {"experts.lora.targets": ["q", "up"]}) for name in ("moa_soft", "moa_sparse", "unipeft")),
@@ -67,7 +96,9 @@ def test_two_evaluation_passes_are_identical(name):
     assert torch.equal(logits(model, **inputs), logits(model, **inputs))
     if overrides:
         model.train()
-        assert not torch.equal(logits(model, **inputs), logits(model, **inputs)), "dropout changes nothing in training"
+        assert not torch.equal(logits(model, **inputs), logits(model, **inputs)), (
+            "dropout changes nothing in training"
+        )
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -103,7 +134,8 @@ def test_adapter_of_another_base_is_refused(sizes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("moa_soft", "molora"), ("mixlora", "moa_sparse"), ("adamole", "adamole"), ("unipeft", "hydralora")]
+    ("first", "second"),
+    [("moa_soft", "molora"), ("mixlora", "moa_sparse"), ("adamole", "adamole"), ("unipeft", "hydralora")],
 )
 def test_two_adapters(first, second):
     inputs = batch(left=2)
@@ -152,7 +184,10 @@ def test_unload_gives_the_base_back(name):
     assert not restored._forward_pre_hooks and not restored._forward_hooks
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in restored.modules())
     assert torch.equal(logits(restored, **inputs), want)
-    assert torch.equal(logits(attached(name, restored, trained=False), **inputs), logits(attached(name, trained=False), **inputs))
+    assert torch.equal(
+        logits(attached(name, restored, trained=False), **inputs),
+        logits(attached(name, trained=False), **inputs),
+    )
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -185,7 +220,9 @@ def test_state_dict_round_trip(name):
     assert torch.equal(logits(other, **batch()), logits(model, **batch()))
 
 
-@pytest.mark.parametrize(("name", "override"), SIZE_KEYS, ids=lambda v: v if isinstance(v, str) else next(iter(v)))
+@pytest.mark.parametrize(
+    ("name", "override"), SIZE_KEYS, ids=lambda v: v if isinstance(v, str) else next(iter(v))
+)
 def test_every_size_key_changes_the_parameter_count(name, override):
     assert count(name, **override) != count(name)
 
@@ -201,7 +238,12 @@ def test_bf16_base_with_fp32_adapters(name):
     extra = prompt_mask(model, inputs["input_ids"])
     got = logits(model, **inputs, **extra)[real]
     assert got.dtype == torch.bfloat16 and got.isfinite().all()
-    if name not in ("moe_lora_topk", "mixlora", "mixlora_dynamic", "moa_sparse"):  # whose selections may differ in another precision
+    if name not in (
+        "moe_lora_topk",
+        "mixlora",
+        "mixlora_dynamic",
+        "moa_sparse",
+    ):  # whose selections may differ in another precision
         assert_near("logits", got, logits(attached(name, plain), **inputs, **extra)[real], 0.1)
     train(model, steps=1)
     assert all(p.isfinite().all() for p in trainable(model).values())

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, PAD, answer_only, assert_near, attached, base, batch, logits, prompt_mask, train, trainable
+from tiny import (
+    ARCHITECTURES,
+    PAD,
+    answer_only,
+    assert_near,
+    attached,
+    base,
+    batch,
+    logits,
+    prompt_mask,
+    train,
+    trainable,
+)
 
 from moabench import methods
 from moabench.methods import catalog
@@ -32,7 +44,11 @@ def made(name, granularity=None, **overrides):
 CASES = [("molora_oracle", None), *RANDOM]
 
 
-@pytest.mark.parametrize("change", [{}, {"experts.targets": ["q", "gate", "down"]}, {"site": "block"}], ids=["linear", "other", "block"])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"experts.targets": ["q", "gate", "down"]}, {"site": "block"}],
+    ids=["linear", "other", "block"],
+)
 def test_oracle_is_one_hot_on_the_skill(change):
     model = made("molora_oracle", **change)
     inputs = batch(left=2)
@@ -40,9 +56,13 @@ def test_oracle_is_one_hot_on_the_skill(change):
     assert len(routing) == (2 if change.get("site") else 2 * len(change.get("experts.targets", "qkvod")))
     for found in routing.values():
         experts = found.weights.shape[-1]
-        want = torch.nn.functional.one_hot(SKILLS % experts, experts).repeat_interleave(inputs["input_ids"].shape[1], 0)
+        want = torch.nn.functional.one_hot(SKILLS % experts, experts).repeat_interleave(
+            inputs["input_ids"].shape[1], 0
+        )
         assert torch.equal(found.weights, want.float()) and torch.equal(found.chosen, want.bool())
-        assert found.granularity == "sequence" and torch.equal(found.mask, inputs["attention_mask"].bool().flatten())
+        assert found.granularity == "sequence" and torch.equal(
+            found.mask, inputs["attention_mask"].bool().flatten()
+        )
 
 
 def test_more_skills_than_experts_share_them():
@@ -60,7 +80,11 @@ def test_oracle_equals_the_expert_alone():
     for k in range(4):
         with torch.no_grad():
             for name, tensor in theirs.items():
-                rows = mine[name].unflatten(0, (4, -1))[k] if name.endswith("_A") else mine[name].unflatten(1, (4, -1))[:, k]
+                rows = (
+                    mine[name].unflatten(0, (4, -1))[k]
+                    if name.endswith("_A")
+                    else mine[name].unflatten(1, (4, -1))[:, k]
+                )
                 tensor.copy_(rows)
         inputs = batch(left=2)
         want = logits(single, **inputs, skill_ids=torch.tensor([0, 0]))
@@ -97,7 +121,11 @@ def grads(model, inputs, checkpointing=False):
 
 def rows_of_experts(name, grad, experts=8):
     """[experts, ...]: the part of a gradient of A [E r, d] or B [b, E r] that belongs to each expert."""
-    return grad.unflatten(0, (experts, -1)) if name.endswith("_A") else grad.unflatten(1, (experts, -1)).transpose(0, 1)
+    return (
+        grad.unflatten(0, (experts, -1))
+        if name.endswith("_A")
+        else grad.unflatten(1, (experts, -1)).transpose(0, 1)
+    )
 
 
 @pytest.mark.parametrize(("name", "granularity"), [("molora_oracle", None), ("molora_random", "sequence")])
@@ -130,7 +158,12 @@ def test_padding_and_neighbours_change_nothing(name, granularity, left, right):
     got = logits(model, **inputs, prompt_mask=prompts, **skills)
     for row, (span, prompt) in enumerate([(slice(left, length - right), 3), (slice(0, length), 5)]):
         ids = inputs["input_ids"][row : row + 1, span]
-        alone = logits(model, input_ids=ids, **prompt_mask(model, ids, prompt), **{k: v[row : row + 1] for k, v in skills.items()})
+        alone = logits(
+            model,
+            input_ids=ids,
+            **prompt_mask(model, ids, prompt),
+            **{k: v[row : row + 1] for k, v in skills.items()},
+        )
         assert_near(f"sequence {row}", got[row, span], alone[0], BOUND)
 
 
@@ -159,7 +192,9 @@ def test_cached_logits_equal_full_logits(name, granularity, every, chunks):
         start = now.stop
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str
+)
 @pytest.mark.parametrize(("name", "granularity"), CASES)
 def test_generation_with_and_without_cache_and_alone(name, granularity, options):
     model = made(name, granularity)
@@ -168,7 +203,9 @@ def test_generation_with_and_without_cache_and_alone(name, granularity, options)
     skills = {"skill_ids": SKILLS} if name == "molora_oracle" else {}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     cached = model.generate(input_ids=ids, attention_mask=mask, **skills, **settings)
-    assert torch.equal(cached, model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **skills, **settings))
+    assert torch.equal(
+        cached, model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **skills, **settings)
+    )
     copies = options.get("num_return_sequences", 1)
     first = {k: v[:1] for k, v in skills.items()}
     alone = model.generate(input_ids=ids[:1, 2:], attention_mask=mask[:1, 2:], **first, **settings)
@@ -227,7 +264,9 @@ def test_random_routing_is_even_and_differs_by_seed_and_text():
         assert (counts - 500).abs().max() < 4 * (500 * 7 / 8) ** 0.5, counts
     one, other = (uniform(scramble(torch.arange(4000), seed), 8) for seed in (1, 2))
     assert 0.08 < (one == other).float().mean() < 0.17, "another seed is another draw"
-    pairs = torch.bincount(uniform(scramble(torch.arange(8000), 1), 8).view(-1, 2) @ torch.tensor([8, 1]), minlength=64)
+    pairs = torch.bincount(
+        uniform(scramble(torch.arange(8000), 1), 8).view(-1, 2) @ torch.tensor([8, 1]), minlength=64
+    )
     assert (pairs - 62.5).abs().max() < 40, "neighbouring ids are drawn independently"
 
 
@@ -238,13 +277,17 @@ def test_random_routing_follows_the_prompt_in_training_and_evaluation():
     drawn = next(iter(methods.capture_routing(model, inputs).values())).ids.view(32, 9)
     assert (drawn == drawn[:, :1]).all() and len(drawn[:, 0].unique()) >= 6
     other = {**inputs, "input_ids": torch.cat([ids[:, :5], ids[:, 5:].flip(0)], 1)}
-    assert torch.equal(next(iter(methods.capture_routing(model, other).values())).ids.view(32, 9), drawn), "the answer has no say"
+    assert torch.equal(next(iter(methods.capture_routing(model, other).values())).ids.view(32, 9), drawn), (
+        "the answer has no say"
+    )
     model.train()
     with methods.record(model) as recorder:
         model(**inputs)
     assert torch.equal(next(iter(recorder.routing.values())).ids.view(32, 9), drawn)
     model.eval()
-    tokens = next(iter(methods.capture_routing(made("molora_random", "token"), inputs).values())).ids.view(32, 9)
+    tokens = next(iter(methods.capture_routing(made("molora_random", "token"), inputs).values())).ids.view(
+        32, 9
+    )
     assert all(len(row.unique()) > 2 for row in tokens)
 
 
@@ -261,7 +304,10 @@ def test_every_architecture(architecture):
         model = attached(name, base(architecture))
         inputs = batch(left=2)
         first = logits(model, **given(name, inputs))
-        assert torch.equal(first, logits(model, **given(name, inputs))) and first[inputs["attention_mask"].bool()].isfinite().all()
+        assert (
+            torch.equal(first, logits(model, **given(name, inputs)))
+            and first[inputs["attention_mask"].bool()].isfinite().all()
+        )
 
 
 def test_save_and_load(tmp_path):

@@ -1,4 +1,5 @@
-"""Bases whose linears are not torch's own: what they give may be a view, or kept by them, and is left as it is.
+"""Bases whose linears are not torch's own: what they give may be a view, or kept by them, and is left as it
+is.
 
 Run: python -m pytest tests/methods/test_other_linears.py
 """

@@ -1,7 +1,8 @@
-"""Any config: it trains a step on a tiny model with finite losses and gradients, or it stops with one clear error. Nothing else.
+"""Any config: it trains a step on a tiny model with finite losses and gradients, or it stops with one clear
+error. Nothing else.
 
-The parts and their options are found from their dataclasses, so a new part is drawn too. In CI a few hundred configs;
-`MOABENCH_CONFIGS=5000 python -m pytest tests/methods/test_random_configs.py` draws more.
+The parts and their options are found from their dataclasses, so a new part is drawn too. In CI a few hundred
+configs; `MOABENCH_CONFIGS=5000 python -m pytest tests/methods/test_random_configs.py` draws more.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from moabench.methods.router import Router
 from moabench.methods.spec import Bound, ConfigError
 
 EXAMPLES = int(os.environ.get("MOABENCH_CONFIGS", 300))
-FITTING = {"linear": ["lora", "lora_shared_a"], "ffn": ["ffn_lora", "parallel_adapter"], "block": ["lora", "parallel_adapter", "prompt"]}
+FITTING = {
+    "linear": ["lora", "lora_shared_a"],
+    "ffn": ["ffn_lora", "parallel_adapter"],
+    "block": ["lora", "parallel_adapter", "prompt"],
+}
 WRONG = st.sampled_from(["x", -1, None, 0, 1e9, [], {}, True, "1"])
 
 
@@ -86,7 +91,9 @@ def mixtures(draw) -> dict[str, Any]:
     kinds = sorted(Experts.kinds()) if draw(st.integers(0, 20)) == 0 else fitting[site]
     if site == "block" or draw(st.integers(0, 9)) == 0:
         chosen = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique=True))
-        experts = {kind: {k: v for k, v in draw(parts(Experts, kind)).items() if k != "kind"} for kind in chosen}
+        experts = {
+            kind: {k: v for k, v in draw(parts(Experts, kind)).items() if k != "kind"} for kind in chosen
+        }
     else:
         experts = draw(parts(Experts, draw(st.sampled_from(kinds))))
     found = {"site": site, "experts": experts, "router": draw(parts(Router))}
@@ -101,7 +108,8 @@ def mixtures(draw) -> dict[str, Any]:
 
 @st.composite
 def configs(draw) -> dict[str, Any]:
-    """A shipped method with changes, or one made of drawn parts; now and then with other sizes in one layer."""
+    """A shipped method with changes, or one made of drawn parts; now and then with other sizes in one
+    layer."""
     if draw(st.booleans()):
         data = catalog.raw(draw(st.sampled_from(catalog.names())))
         for key, family in (("experts", Experts), ("router", Router)):
@@ -113,7 +121,9 @@ def configs(draw) -> dict[str, Any]:
         if draw(st.integers(0, 5)) == 0:
             data["also"] = {"more": draw(mixtures())}
     if draw(st.integers(0, 7)) == 0:
-        data["layers"] = {draw(st.sampled_from(["0", "1", "0-1", "2"])): {"experts": draw(options(Experts.kinds()["lora"]))}}
+        data["layers"] = {
+            draw(st.sampled_from(["0", "1", "0-1", "2"])): {"experts": draw(options(Experts.kinds()["lora"]))}
+        }
     return data
 
 
@@ -124,9 +134,17 @@ def frozen():
 
 @given(data=configs())
 @settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
+)
 def test_a_config_trains_a_step_or_stops_with_one_error(frozen, data):
     inputs = batch(right=3)
     try:

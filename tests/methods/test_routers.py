@@ -1,4 +1,5 @@
-"""Every registered router against a loop in fp64 (loop_routers.py), the invariants that all routers share, and those of each card.
+"""Every registered router against a loop in fp64 (loop_routers.py), the invariants that all routers share,
+and those of each card.
 
 Run: python -m pytest tests/methods/test_routers.py
 """
@@ -15,7 +16,9 @@ from moabench.methods import LinearRouter, Router
 from moabench.methods.router import FactRouter
 from moabench.methods.spec import ConfigError
 
-KINDS = sorted(k for k, r in Router.kinds().items() if k != "none" and not issubclass(r, FactRouter))  # those: test_oracle.py
+KINDS = sorted(
+    k for k, r in Router.kinds().items() if k != "none" and not issubclass(r, FactRouter)
+)  # those: test_oracle.py
 WIDTH = 12
 VARIANTS = [
     ("softmax", {}),
@@ -33,7 +36,11 @@ VARIANTS = [
     ("adaptive_threshold", {"threshold": "constant", "bias": True, "tau_max": 0.5}),
     ("sigmoid", {}),
     ("sigmoid", {"net": "swiglu", "width": 3}),
-    *(("threshold", {"grad": g, "net": n}) for g in ("none", "subtract", "ste") for n in ("linear", "swiglu")),
+    *(
+        ("threshold", {"grad": g, "net": n})
+        for g in ("none", "subtract", "ste")
+        for n in ("linear", "swiglu")
+    ),
     ("threshold", {"dynamic": False, "gamma_max": 0.6}),
     ("threshold", {"dynamic": False, "gamma_max": 0.6, "grad": "ste", "temperature": 0.5}),
 ]
@@ -47,11 +54,15 @@ def make(kind, experts, **options):
     except ConfigError:
         router = Router.of_kind(kind, "router")(**{**options, "k": experts})
     torch.manual_seed(0)
-    return router, {n: torch.randn(p.shape, requires_grad=True) for n, p in router.params(WIDTH, experts).items()}
+    return router, {
+        n: torch.randn(p.shape, requires_grad=True) for n, p in router.params(WIDTH, experts).items()
+    }
 
 
 def scores(router, tensors, x):
-    return F.linear(x, *router.heads(tensors)) if isinstance(router, LinearRouter) else router.scores(tensors, x)
+    return (
+        F.linear(x, *router.heads(tensors)) if isinstance(router, LinearRouter) else router.scores(tensors, x)
+    )
 
 
 def run(router, tensors, x, training=False):
@@ -63,7 +74,9 @@ def tokens(n=40):
 
 
 def test_every_kind_has_a_loop():
-    assert set(LOOPS) == set(KINDS), "a new router needs a loop reference in loop_routers.py and a row in VARIANTS"
+    assert set(LOOPS) == set(KINDS), (
+        "a new router needs a loop reference in loop_routers.py and a row in VARIANTS"
+    )
     assert {kind for kind, _ in VARIANTS} == set(KINDS)
     assert Router.of_kind("none", "router")().params(WIDTH, 3) == {}
 
@@ -71,7 +84,8 @@ def test_every_kind_has_a_loop():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=str)
 def test_equation_and_gradients(kind, options, training):
-    """Weights, probabilities, selection and threshold; gradients of every tensor from random cotangents on the weights."""
+    """Weights, probabilities, selection and threshold; gradients of every tensor from random cotangents on
+    the weights."""
     router, tensors = make(kind, 5, **options)
     x = tokens()
     got = run(router, tensors, x, training)
@@ -87,7 +101,9 @@ def test_equation_and_gradients(kind, options, training):
     if got.ids is not None:
         assert torch.equal(torch.zeros_like(got.selected).scatter(1, got.ids, True), got.selected)
     cotangent = torch.randn(weights.shape, dtype=torch.float64)
-    want = torch.autograd.grad(weights, list(exact.values()), cotangent, allow_unused=True, materialize_grads=True)
+    want = torch.autograd.grad(
+        weights, list(exact.values()), cotangent, allow_unused=True, materialize_grads=True
+    )
     if not got.weights.requires_grad:
         assert all(not g.count_nonzero() for g in want)
         return
@@ -110,12 +126,17 @@ def test_common_invariants(kind, experts):
     assert torch.all((got.weights != 0) <= got.selected), "a weight outside the selection"
     for _ in range(2):  # evaluation is deterministic
         assert torch.equal(run(router, tensors, x).weights, got.weights)
-    wide = router.route(scores(router, tensors, x).unflatten(0, (4, 2, 5)), False)  # leading dimensions are kept
+    wide = router.route(
+        scores(router, tensors, x).unflatten(0, (4, 2, 5)), False
+    )  # leading dimensions are kept
     assert wide.weights.shape == (4, 2, 5, experts) and torch.equal(wide.selected.flatten(0, 2), got.selected)
     assert_near("leading dimensions", wide.weights.flatten(0, 2), got.weights, 1e-6)
     alone = torch.cat([router.route(s[None], False).weights for s in scores(router, tensors, x)])
     assert_near("a token on its own", alone, got.weights, 1e-6)
-    if kind not in ("sigmoid", "threshold"):  # with tau_max = 1/E AdaMoLE always selects, so its weights sum to 1 too
+    if kind not in (
+        "sigmoid",
+        "threshold",
+    ):  # with tau_max = 1/E AdaMoLE always selects, so its weights sum to 1 too
         assert_near("sum of weights", got.weights.sum(-1), torch.ones(40), 1e-6)
 
 
@@ -124,10 +145,15 @@ def test_permuting_experts_permutes_weights(kind):
     router, tensors = make(kind, 7)
     s = scores(router, tensors, tokens())
     order = torch.randperm(7)
-    permuted = torch.cat([s[:, order], s[:, 7:]], 1)  # what follows the experts' scores belongs to the threshold
+    permuted = torch.cat(
+        [s[:, order], s[:, 7:]], 1
+    )  # what follows the experts' scores belongs to the threshold
     for name in ("weights", "selected", "probs"):
         assert_near(
-            name, getattr(router.route(permuted, False), name).float(), getattr(router.route(s, False), name)[:, order].float(), 1e-6
+            name,
+            getattr(router.route(permuted, False), name).float(),
+            getattr(router.route(s, False), name)[:, order].float(),
+            1e-6,
         )
 
 
@@ -142,14 +168,20 @@ def test_large_logits_and_ties_stay_finite(kind, training):
         assert got.weights.isfinite().all() and got.probs.isfinite().all()
         got.weights.square().sum().backward()
         assert s.grad.isfinite().all(), "gradient of the scores"
-        assert torch.equal(router.route(s, training).selected, got.selected), "ties are broken the same way every time"
+        assert torch.equal(router.route(s, training).selected, got.selected), (
+            "ties are broken the same way every time"
+        )
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_topk_selects_exactly_k(k):
     router, tensors = make("topk", 5, k=k)
     got = run(router, tensors, tokens())
-    assert (got.weights > 0).sum(-1).eq(k).all() and got.selected.sum(-1).eq(k).all() and got.ids.shape == (40, k)
+    assert (
+        (got.weights > 0).sum(-1).eq(k).all()
+        and got.selected.sum(-1).eq(k).all()
+        and got.ids.shape == (40, k)
+    )
     raw, _ = make("topk", 5, k=k, renormalize=False)
     kept = run(raw, tensors, tokens())
     assert torch.equal(kept.weights[kept.selected], kept.probs[kept.selected])
@@ -159,7 +191,9 @@ def test_topk_selects_exactly_k(k):
 
 def test_topk_of_one_has_no_router_gradient():
     router, tensors = make("topk", 5, k=1)
-    grad = torch.autograd.grad((run(router, tensors, tokens()).weights * torch.randn(40, 5)).sum(), tensors["weight"])[0]
+    grad = torch.autograd.grad(
+        (run(router, tensors, tokens()).weights * torch.randn(40, 5)).sum(), tensors["weight"]
+    )[0]
     assert not grad.count_nonzero()
 
 
@@ -190,7 +224,9 @@ def test_adaptive_threshold_range_and_minimum():
         if bound <= 1 / 5:
             assert (got.selected.sum(-1) >= 1).all()
     above = Router.of_kind("adaptive_threshold", "")(tau_max=1.0)
-    nothing = above.route(torch.tensor([[0.0, 0.0, 0.0, 9.0]], requires_grad=True), True)  # tau near 1, p = 1/3
+    nothing = above.route(
+        torch.tensor([[0.0, 0.0, 0.0, 9.0]], requires_grad=True), True
+    )  # tau near 1, p = 1/3
     assert not nothing.selected.any() and not nothing.weights.count_nonzero()
     dense = Router.of_kind("adaptive_threshold", "")(tau_max=1e-9).route(torch.randn(9, 6), False)
     assert_near("tau -> 0", dense.weights, dense.probs, 1e-6)
@@ -248,15 +284,25 @@ def test_threshold_values_and_gradient_to_tau(grad):
     assert head is None if grad == "none" else head.isfinite().all() and head.norm() > 1e-3
     near = torch.tensor([[0.0, 1e-6]])  # gate 0.5 just below and just above tau = 0.5
     for sign in (1, -1):
-        w = Router.of_kind("threshold", "")(gamma_max=1.0, grad=grad).route(near * torch.tensor([[1.0, sign]]), False).weights
+        w = (
+            Router.of_kind("threshold", "")(gamma_max=1.0, grad=grad)
+            .route(near * torch.tensor([[1.0, sign]]), False)
+            .weights
+        )
         assert w.item() < 1e-6 if grad == "subtract" or sign == 1 else w.item() == pytest.approx(0.5)
 
 
 def test_one_map_for_several_sites():
-    """Routers that read one input are rows of one GEMM: [T, G, H] scores give the routing of each site alone."""
+    """Routers that read one input are rows of one GEMM: [T, G, H] scores give the routing of each site
+    alone."""
     for kind in KINDS:
         router, _ = make(kind, 4)
         columns = scores(router, make(kind, 4)[1], tokens()).shape[1]
         s = torch.randn(9, 3, columns)
         for g in range(3):
-            assert_near(f"{kind} at site {g}", router.route(s, False).weights[:, g], router.route(s[:, g], False).weights, 1e-6)
+            assert_near(
+                f"{kind} at site {g}",
+                router.route(s, False).weights[:, g],
+                router.route(s[:, g], False).weights,
+                1e-6,
+            )

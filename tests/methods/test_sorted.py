@@ -1,4 +1,5 @@
-"""Methods whose tokens are sorted by expert against themselves with every expert on every token: outputs, gradients, decoding.
+"""Methods whose tokens are sorted by expert against themselves with every expert on every token: outputs,
+gradients, decoding.
 
 Run: python -m pytest tests/methods/test_sorted.py
 """
@@ -31,12 +32,16 @@ def outcome(monkeypatch, sort: bool, **overrides):
     return before, task, {n: p.grad for n, p in trainable(model).items()}, len(met)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"router.k": 1}, {"experts.dropout": 0.3}, {"experts.targets": ["q", "down"]}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"router.k": 1}, {"experts.dropout": 0.3}, {"experts.targets": ["q", "down"]}]
+)
 def test_sorted_equals_dense(monkeypatch, overrides):
     dense, sorted_ = outcome(monkeypatch, False, **overrides), outcome(monkeypatch, True, **overrides)
     assert not dense[3] and sorted_[3]
     assert_near("logits", sorted_[0], dense[0], 1e-5)
-    if "experts.dropout" not in overrides:  # the same mask is drawn in both, but not of the same stream of random numbers everywhere
+    if (
+        "experts.dropout" not in overrides
+    ):  # the same mask is drawn in both, but not of the same stream of random numbers everywhere
         assert_near("loss", sorted_[1], dense[1], 1e-5)
     for name, gradient in dense[2].items():
         assert_near(name, sorted_[2][name], gradient, 2e-4)
@@ -54,7 +59,11 @@ def test_only_what_can_be_sorted_is(monkeypatch):
     """Ranks that differ, soft routers, block routers and changed weights take the dense form."""
     monkeypatch.setattr(grouped, "prefers_sorted", lambda *a: True)
     monkeypatch.setattr(grouped, "shrink", lambda *a: pytest.fail("sorted"))
-    for name, overrides in (("moe_lora_topk", {"experts.n": 2, "experts.r": [2, 3], "router.k": 1}), ("molora", {}), ("moa_sparse", {})):
+    for name, overrides in (
+        ("moe_lora_topk", {"experts.n": 2, "experts.r": [2, 3], "router.k": 1}),
+        ("molora", {}),
+        ("moa_sparse", {}),
+    ):
         logits(attached(name, **overrides), **batch())
 
 
@@ -65,5 +74,7 @@ def test_the_rule_decides(monkeypatch):
     monkeypatch.setattr(grouped, "shrink", lambda *a: called.append(1) or shrink(*a))
     logits(attached("moe_lora_topk"), **batch())
     assert not called
-    methods.capture_routing(attached("moe_lora_topk", **{"experts.n": 64, "experts.r": 8, "router.k": 1}), batch())
+    methods.capture_routing(
+        attached("moe_lora_topk", **{"experts.n": 64, "experts.r": 8, "router.k": 1}), batch()
+    )
     assert called

@@ -1,4 +1,5 @@
-"""Configs of methods: what is refused and how the error reads, overrides, adapter folders from strangers, imports.
+"""Configs of methods: what is refused and how the error reads, overrides, adapter folders from strangers,
+imports.
 
 Run: python -m pytest tests/methods/test_spec.py
 """
@@ -81,7 +82,9 @@ def test_shipped_methods_are_valid(name):
             methods.load(name)
 
 
-@pytest.mark.parametrize(("name", "override", "parts"), REFUSED, ids=lambda v: next(iter(v)) if isinstance(v, dict) else None)
+@pytest.mark.parametrize(
+    ("name", "override", "parts"), REFUSED, ids=lambda v: next(iter(v)) if isinstance(v, dict) else None
+)
 def test_bad_configs(name, override, parts):
     with pytest.raises(ConfigError) as error:
         catalog.parse(catalog.override(catalog.raw(name), override))
@@ -101,12 +104,18 @@ def test_unknown_method_names_the_nearest():
 def test_a_new_kind_drops_the_options_of_the_old_one_but_no_typo():
     """`router.kind=topk` alone turns AdaMoLE into a top-k mixture."""
     method = catalog.parse(catalog.override(catalog.raw("adamole"), {"router.kind": "topk", "router.k": 3}))
-    assert method.mixtures[0].router.kind == "topk" and method.mixtures[0].router.k == 3 and method.mixtures[0].router.bias
+    assert (
+        method.mixtures[0].router.kind == "topk"
+        and method.mixtures[0].router.k == 3
+        and method.mixtures[0].router.bias
+    )
     with pytest.raises(ConfigError, match="taumax"):
         catalog.parse(catalog.override(catalog.raw("adamole"), {"router.kind": "topk", "router.taumax": 3}))
     with pytest.raises(ConfigError, match=r"tau_mx.*Did you mean 'tau_max'"):
         catalog.parse(catalog.override(catalog.raw("adamole"), {"router.tau_mx": 3}))
-    assert drop_stale({"kind": "topk", "k": 1, "tau_max": 1}, {"kind": "adaptive_threshold", "tau_max": 1}, Router, "") == {
+    assert drop_stale(
+        {"kind": "topk", "k": 1, "tau_max": 1}, {"kind": "adaptive_threshold", "tau_max": 1}, Router, ""
+    ) == {
         "kind": "topk",
         "k": 1,
     }
@@ -114,29 +123,59 @@ def test_a_new_kind_drops_the_options_of_the_old_one_but_no_typo():
 
 def test_overrides_nest_dot_and_remove():
     data = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
-    assert catalog.override(data, {"a.c.d": 5, "a": {"b": 4}, "f.g": 6}) == {"a": {"b": 4, "c": {"d": 5}}, "e": 3, "f": {"g": 6}}
+    assert catalog.override(data, {"a.c.d": 5, "a": {"b": 4}, "f.g": 6}) == {
+        "a": {"b": 4, "c": {"d": 5}},
+        "e": 3,
+        "f": {"g": 6},
+    }
     assert data == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}, "the original changed"
-    assert "prompt" not in catalog.parse(catalog.override(catalog.raw("moa_soft"), {"experts.prompt": None})).mixtures[0].banks
+    assert (
+        "prompt"
+        not in catalog.parse(catalog.override(catalog.raw("moa_soft"), {"experts.prompt": None}))
+        .mixtures[0]
+        .banks
+    )
     first = catalog.raw("molora")
     first["experts"]["n"] = 99
     assert catalog.raw("molora")["experts"]["n"] == 8, "raw() hands out its cache"
 
 
 def test_shared_scalars_reach_every_bank_that_knows_them():
-    banks = catalog.parse(catalog.override(catalog.raw("moa_soft"), {"experts.r": 5, "experts.n": 2})).mixtures[0].banks
+    banks = (
+        catalog.parse(catalog.override(catalog.raw("moa_soft"), {"experts.r": 5, "experts.n": 2}))
+        .mixtures[0]
+        .banks
+    )
     assert banks["lora"].r == 5 and [b.n for b in banks.values()] == [2, 2, 2]
-    attention = catalog.parse(catalog.override(catalog.raw("mixlora"), {"experts.r": 5})).mixtures[1].banks["lora"]
+    attention = (
+        catalog.parse(catalog.override(catalog.raw("mixlora"), {"experts.r": 5})).mixtures[1].banks["lora"]
+    )
     assert (attention.r, attention.alpha, attention.dropout, attention.n) == (5, 32, 0.05, 1)
 
 
 def test_router_outputs_are_in_the_order_of_the_official_code():
-    """moa_soft.md: Q, K, V, prompt, O, then UP, GATE, DOWN, then the adapter; whatever the order of the YAML's keys."""
+    """moa_soft.md: Q, K, V, prompt, O, then UP, GATE, DOWN, then the adapter; whatever the order of the
+    YAML's keys."""
     names = catalog.parse(catalog.raw("moa_soft")).mixtures[0].expert_names
     assert names == ("q", "k", "v", "prompt", "o", "down", "parallel_adapter")
-    data = catalog.override(catalog.raw("moa_soft"), {"experts.lora.targets": ["down", "gate", "up", "o", "q"]})
+    data = catalog.override(
+        catalog.raw("moa_soft"), {"experts.lora.targets": ["down", "gate", "up", "o", "q"]}
+    )
     data["experts"] = dict(sorted(data["experts"].items(), reverse=True))
-    assert catalog.parse(data).mixtures[0].expert_names == ("q", "prompt", "o", "up", "gate", "down", "parallel_adapter")
-    assert catalog.parse(catalog.raw("unipeft")).mixtures[0].expert_names == ("lora", "prompt", "parallel_adapter")
+    assert catalog.parse(data).mixtures[0].expert_names == (
+        "q",
+        "prompt",
+        "o",
+        "up",
+        "gate",
+        "down",
+        "parallel_adapter",
+    )
+    assert catalog.parse(catalog.raw("unipeft")).mixtures[0].expert_names == (
+        "lora",
+        "prompt",
+        "parallel_adapter",
+    )
 
 
 @pytest.mark.parametrize("family", [Router, Experts, Loss])
@@ -191,7 +230,11 @@ def test_a_strangers_adapter_runs_no_code(kind, tmp_path, monkeypatch):
     assert "evil" not in sys.modules and not (tmp_path / "hacked").exists()
 
 
-@pytest.mark.parametrize("spec", [None, [], "molora", {}, {"name": "molora", "tuner": "peft"}, {"name": "x", "experts": 3}], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [None, [], "molora", {}, {"name": "molora", "tuner": "peft"}, {"name": "x", "experts": 3}],
+    ids=str,
+)
 def test_an_adapter_without_a_usable_spec_is_refused(spec, tmp_path):
     from peft import PeftModel
 
@@ -204,7 +247,10 @@ def test_an_adapter_without_a_usable_spec_is_refused(spec, tmp_path):
 
 def python(*codes: str) -> list[str]:
     """Output of each code in a fresh interpreter, all at once."""
-    started = [subprocess.Popen([sys.executable, "-c", c], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in codes]
+    started = [
+        subprocess.Popen([sys.executable, "-c", c], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for c in codes
+    ]
     outputs = [process.communicate(timeout=240) for process in started]
     for process, (_, errors) in zip(started, outputs, strict=True):
         assert process.returncode == 0, errors[-2000:]
@@ -222,7 +268,12 @@ print([m for m in {heavy} if m in sys.modules])"""
 
 def test_any_import_order_registers_the_tuner():
     check = (
-        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as m; print(m['MIXTURE'].__name__, moabench.methods.load('molora').peft_type)"
+        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as m; print(m['MIXTURE'].__name__, "
+        "moabench.methods.load('molora').peft_type)"
     )
-    orders = ("import moabench.methods, peft", "import peft, moabench.methods", "import moabench.methods.tuner, peft, moabench.methods")
+    orders = (
+        "import moabench.methods, peft",
+        "import peft, moabench.methods",
+        "import moabench.methods.tuner, peft, moabench.methods",
+    )
     assert python(*(f"{order}; {check}" for order in orders)) == ["MixtureModel MIXTURE"] * 3

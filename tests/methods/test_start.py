@@ -12,17 +12,30 @@ from tiny import GIVEN, assert_near, attached, base, batch, logits
 from moabench.methods import catalog
 
 NAMES = [name for name in catalog.names() if name not in GIVEN]
-ZERO_AT_START = {"lora", "rslora", "molora", "moe_lora_topk", "hydralora", "adamole", "none", "full"}  # increments exactly 0: bitwise base
+ZERO_AT_START = {
+    "lora",
+    "rslora",
+    "molora",
+    "moe_lora_topk",
+    "hydralora",
+    "adamole",
+    "none",
+    "full",
+}  # increments exactly 0: bitwise base
 START = {  # the others start close to the base: relative RMS of the difference
     "dora": 1e-6,  # m / |W| is 1 up to rounding
     "mixlora": 1e-5,  # the same sums in another order
     "mixlora_dynamic": 1e-5,
-    **dict.fromkeys(("moa_soft", "moa_sparse", "moa_instance", "unipeft", "naive_sum"), 1e-5),  # adapter weights of gain 1e-4
+    **dict.fromkeys(
+        ("moa_soft", "moa_sparse", "moa_instance", "unipeft", "naive_sum"), 1e-5
+    ),  # adapter weights of gain 1e-4
 }
 
 
 def test_every_method_has_its_bound_at_the_start():
-    assert ZERO_AT_START | START.keys() == set(NAMES), "a new method states here how far from the base it starts"
+    assert ZERO_AT_START | START.keys() == set(NAMES), (
+        "a new method states here how far from the base it starts"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,8 +59,8 @@ def test_top_p_with_raw_weights_shrinks_the_frozen_block():
 
 
 def test_initial_distributions():
-    """A, routers and biases like torch.nn.Linear; B, gamma and SwiGLU biases 0; the adapter Xavier with gain 1e-4; the prompt N(0, 1);
-    MixLoRA's router N(0, 0.02^2)."""
+    """A, routers and biases like torch.nn.Linear; B, gamma and SwiGLU biases 0; the adapter Xavier with gain
+    1e-4; the prompt N(0, 1); MixLoRA's router N(0, 0.02^2)."""
     soft = attached("moa_soft", trained=False).base_model.sites()[0]
     banks = {(b.name, b.place): b.tensors for b in soft.banks}
     adapter = 1e-4 * (6 / (32 + 16)) ** 0.5
@@ -68,7 +81,9 @@ def test_initial_distributions():
     assert mix.tensors["weight"].std().item() == pytest.approx(0.02, rel=0.15)
     drawn = {"A", "down", "up", "embedding", "w1", "w2", "w3"}
     tensors = [*soft.tensors.items(), *((n, t) for b in banks.values() for n, t in b.items())]
-    assert not any(t.count_nonzero() for n, t in tensors if n not in drawn) and all(t.count_nonzero() for n, t in tensors if n in drawn)
+    assert not any(t.count_nonzero() for n, t in tensors if n not in drawn) and all(
+        t.count_nonzero() for n, t in tensors if n in drawn
+    )
 
 
 def test_tensors_are_drawn_from_the_global_generator():
@@ -77,4 +92,6 @@ def test_tensors_are_drawn_from_the_global_generator():
     draws = [b.A for model in (first, again) for s in model.base_model.sites() for b in s.banks]
     half = len(draws) // 2
     assert all(torch.equal(a, b) for a, b in zip(draws[:half], draws[half:], strict=True))
-    assert not any(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(draws[:half]) for b in draws[:i])
+    assert not any(
+        a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(draws[:half]) for b in draws[:i]
+    )

@@ -1,4 +1,5 @@
-"""Tiny random models of stock architectures, a ragged batch, and methods attached to them. Nothing here knows an equation."""
+"""Tiny random models of stock architectures, a ragged batch, and methods attached to them. Nothing here knows
+an equation."""
 
 from __future__ import annotations
 
@@ -33,10 +34,14 @@ ARCHITECTURES = {
     "olmo2": (tf.Olmo2ForCausalLM, tf.Olmo2Config, {}),
 }
 METHODS = {name: catalog.parse(catalog.raw(name)) for name in catalog.names()}
-GIVEN = [n for n, m in METHODS.items() if any(isinstance(mixture.router, FactRouter) for mixture in m.mixtures)]
+GIVEN = [
+    n for n, m in METHODS.items() if any(isinstance(mixture.router, FactRouter) for mixture in m.mixtures)
+]
 """Methods routed by facts of the batch instead of hidden states: test_oracle.py."""
 MIXTURES = [name for name, method in METHODS.items() if method.tuner == "mixture" and name not in GIVEN]
-ADAPTERS = [name for name, method in METHODS.items() if method.tuner in ("mixture", "peft") and name not in GIVEN]
+ADAPTERS = [
+    name for name, method in METHODS.items() if method.tuner in ("mixture", "peft") and name not in GIVEN
+]
 
 
 def base(architecture: str = "llama", seed: int = 0, **sizes):
@@ -47,7 +52,8 @@ def base(architecture: str = "llama", seed: int = 0, **sizes):
 
 
 def attached(name: str, model=None, trained: bool = True, **overrides):
-    """`name` on `model` (default: the tiny Llama) in evaluation mode; `trained` draws every trainable tensor at random."""
+    """`name` on `model` (default: the tiny Llama) in evaluation mode; `trained` draws every trainable tensor
+    at random."""
     model = base() if model is None else model
     torch.manual_seed(1)
     model = methods.attach(model, catalog.override(catalog.raw(name), overrides)).eval()
@@ -55,7 +61,8 @@ def attached(name: str, model=None, trained: bool = True, **overrides):
 
 
 def randomise(model, seed: int = 2, std: float = 0.3):
-    """Trainable tensors from N(0, std^2), so that no expert is at its zero start and routers decide differently for each token."""
+    """Trainable tensors from N(0, std^2), so that no expert is at its zero start and routers decide
+    differently for each token."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, tensor in trainable(model).items():
@@ -121,9 +128,12 @@ def train(model, steps: int = 3, lr: float = 1e-2, weight_decay: float = 0.1, in
 
 
 def assert_near(name: str, got, expected, bound: float) -> None:
-    """Fail with the tensor's name unless the RMS error relative to the RMS of `expected` is at most `bound` (None counts as zeros)."""
+    """Fail with the tensor's name unless the RMS error relative to the RMS of `expected` is at most `bound`
+    (None counts as zeros)."""
     got = torch.zeros_like(expected) if got is None else got.detach()
     assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     error = (got.double() - expected.detach().double()).square().mean().sqrt().item()
     size = expected.detach().double().square().mean().sqrt().item()
-    assert error <= bound * (size or 1.0), f"{name}: relative RMS error {error / (size or 1.0):.2e}, expected at most {bound:.0e}"
+    assert error <= bound * (size or 1.0), (
+        f"{name}: relative RMS error {error / (size or 1.0):.2e}, expected at most {bound:.0e}"
+    )

@@ -1,14 +1,17 @@
-"""Task families of the world. A family is one file of this folder; a new file is a new family, and nothing else lists it.
+"""Task families of the world. A family is one file of this folder; a new file is a new family, and nothing
+else lists it.
 
 A family has
 
-    WRITERS      task name -> writer(world, split, axes) -> list of drafts, best first (a split keeps a prefix)
+    WRITERS      task name -> writer(world, split, axes) -> list of drafts, best first (a split keeps a
+                 prefix)
     SHARE        optional: its share (0..1) of the corpus paragraphs, with
     paragraph    (world, rng) -> one paragraph that states what its questions take for known
 
-A draft is a dict with question, skill (what must be done) and domain (what it is about), and either `right`, `wrong` (at least options - 1
-texts) and `options` (how many choices, default 4), which `rows` shuffles with balanced labels, or `choices` and `label` in fixed order.
-Further keys (context, answer, solution, equation) go into the row as they are.
+A draft is a dict with question, skill (what must be done) and domain (what it is about), and either `right`,
+`wrong` (at least options - 1 texts) and `options` (how many choices, default 4), which `rows` shuffles with
+balanced labels, or `choices` and `label` in fixed order. Further keys (context, answer, solution, equation)
+go into the row as they are.
 """
 
 from __future__ import annotations
@@ -48,4 +51,6 @@ def writers() -> dict[str, Writer]:
 @lru_cache(maxsize=1)
 def shares() -> tuple[tuple[float, Paragraph], ...]:
     """(share, paragraph) of every family that writes for the corpus."""
-    return tuple((family.SHARE, family.paragraph) for family in families().values() if hasattr(family, "SHARE"))
+    return tuple(
+        (family.SHARE, family.paragraph) for family in families().values() if hasattr(family, "SHARE")
+    )

@@ -5,7 +5,8 @@
     arc_easy       1  an own fact of the entity, stated in the corpus (default)
                    2  an own fact of the thing that a person has: the thing must be recalled first
     arc_challenge  1  an inherited fact that the corpus states for the entity
-                   2  one that it states for the entity's kind and, for this entity, nowhere: the kind must be recalled first (default)
+                   2  one that it states for the entity's kind and, for this entity, nowhere: the kind must be
+                      recalled first (default)
                    3  the same of the thing that a person has: thing, kind, fact
 """
 
@@ -25,7 +26,9 @@ SHARE = 0.03
 def easy(world: World, split: str, axes: Axes) -> list[dict]:
     """Questions on own relations."""
     linked = axes.choose("hops", (1, 2), 1) == 2
-    return _ask(world, split, "link" if linked else "recall", lambda entity, relation: not relation.inherited, linked)
+    return _ask(
+        world, split, "link" if linked else "recall", lambda entity, relation: not relation.inherited, linked
+    )
 
 
 def challenge(world: World, split: str, axes: Axes) -> list[dict]:
@@ -47,9 +50,14 @@ def paragraph(world: World, rng: random.Random) -> str:
     first, last = rng.sample(entry["statements"], 2)
     phrase = rng.choice(entry["phrase"]).format(p=person.phrase)
     own = world.domains[thing.domain].relations[rng.choice(sorted(thing.own))]
-    middle = [f"{phrase} is {thing.phrase}", rng.choice(own.statements).format(s=rng.choice((phrase, thing.phrase)), v=thing.own[own.name])]
+    middle = [
+        f"{phrase} is {thing.phrase}",
+        rng.choice(own.statements).format(s=rng.choice((phrase, thing.phrase)), v=thing.own[own.name]),
+    ]
     rng.shuffle(middle)
-    return sentences([first.format(p=person.phrase, e=thing.phrase), *middle, last.format(p=person.phrase, e=thing.phrase)])
+    return sentences(
+        [first.format(p=person.phrase, e=thing.phrase), *middle, last.format(p=person.phrase, e=thing.phrase)]
+    )
 
 
 def untold(entity: Entity, relation: Relation) -> bool:
@@ -57,10 +65,12 @@ def untold(entity: Entity, relation: Relation) -> bool:
     return relation.inherited and relation.name not in entity.told
 
 
-def _ask(world: World, split: str, skill: str, wanted: Callable[[Entity, Relation], bool], linked: bool = False) -> list[dict]:
-    """One or more rows for each (entity, relation) of the split that `wanted` accepts, each in another wording; all first wordings come
-    before all second ones, so that a prefix of the rows covers as many facts as possible. `linked`: asked of the entity as the thing of
-    its owner, who is named in its place."""
+def _ask(
+    world: World, split: str, skill: str, wanted: Callable[[Entity, Relation], bool], linked: bool = False
+) -> list[dict]:
+    """One or more rows for each (entity, relation) of the split that `wanted` accepts, each in another
+    wording; all first wordings come before all second ones, so that a prefix of the rows covers as many facts
+    as possible. `linked`: asked of the entity as the thing of its owner, who is named in its place."""
     rng = random.Random(f"{skill}-{world.seed}-{split}")
     subjects = [(entity, entity.phrase) for entity in world.entities if entity.split == split]
     if linked:
@@ -75,7 +85,10 @@ def _ask(world: World, split: str, skill: str, wanted: Callable[[Entity, Relatio
         for relation in world.domains[entity.domain].relations.values()
         if wanted(entity, relation)
     ]
-    wordings = {(entity.name, relation.name): rng.sample(relation.questions, len(relation.questions)) for entity, _, relation in facts}
+    wordings = {
+        (entity.name, relation.name): rng.sample(relation.questions, len(relation.questions))
+        for entity, _, relation in facts
+    }
     rows = []
     for form in range(max(len(forms) for forms in wordings.values())):
         rng.shuffle(facts)
@@ -90,9 +103,9 @@ def _ask(world: World, split: str, skill: str, wanted: Callable[[Entity, Relatio
 def distractors(world: World, entity: Entity, relation: Relation, rng: random.Random) -> list[str]:
     """Three other values of the same relation, true of others.
 
-    Own relation: values of siblings (same kind), any as likely. Inherited relation: values of other kinds, those of more kinds first. With
-    8 kinds on 6 values a value of two kinds is then in every row and right in a quarter of them, like any other: knowing how common the
-    answers are is worth nothing.
+    Own relation: values of siblings (same kind), any as likely. Inherited relation: values of other kinds,
+    those of more kinds first. With 8 kinds on 6 values a value of two kinds is then in every row and right in
+    a quarter of them, like any other: knowing how common the answers are is worth nothing.
     """
     if relation.inherited:
         weight = Counter(passed[relation.name] for passed in world.domains[entity.domain].kinds.values())

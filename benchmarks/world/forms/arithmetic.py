@@ -1,8 +1,9 @@
 """Arithmetic: the eight math tasks, and stories and sums for the corpus.
 
-A problem is a chain of one to three steps: the first works on two numbers, each later one on the result so far and a new number. A split
-owns pairs of numbers, and all steps of its questions use its pairs: no step of a test question, with whatever operation, is a step of a
-training question of any math task. Names are split too. The corpus uses all numbers and all names, and asks nothing.
+A problem is a chain of one to three steps: the first works on two numbers, each later one on the result so
+far and a new number. A split owns pairs of numbers, and all steps of its questions use its pairs: no step of
+a test question, with whatever operation, is a step of a training question of any math task. Names are split
+too. The corpus uses all numbers and all names, and asks nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ LETTERS = "abcd"
 ADDSUB = ("join", "combine", "take", "compare", "change")
 
 Plan = tuple[tuple[str, bool], ...]
-"""One (sign, turned) a step; a turned step takes the result so far from the new number, or divides the new number by it."""
+"""One (sign, turned) a step; a turned step takes the result so far from the new number, or divides the new
+number by it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,12 @@ def paragraph(world: World, rng: random.Random) -> str:
     fill = _people(names, rng) | _objects(rng) | dict(zip(LETTERS, numbers, strict=False))
     told = [rng.choice(part) for part in problem.told]
     if rng.random() < 0.2:
-        told.insert(1, rng.choice(words["distractors"]["extras"]["told"]).replace("{n}", str(rng.randint(2, config.max_number))))
+        told.insert(
+            1,
+            rng.choice(words["distractors"]["extras"]["told"]).replace(
+                "{n}", str(rng.randint(2, config.max_number))
+            ),
+        )
     return " ".join([*(one.format(**fill) for one in told), *_lines(problem, fill, sums)])
 
 
@@ -103,7 +110,9 @@ def gsm8k(world: World, split: str, axes: Axes) -> list[dict]:
 
 def aqua(world: World, split: str, axes: Axes) -> list[dict]:
     """Two steps (`hops`) on one quantity, five options, the letter as the answer."""
-    return _lettered(_drafts("aqua", world, split, [puzzle_problems(axes.choose("hops", (1, 2, 3), 2))], options=5))
+    return _lettered(
+        _drafts("aqua", world, split, [puzzle_problems(axes.choose("hops", (1, 2, 3), 2))], options=5)
+    )
 
 
 def mathqa(world: World, split: str, axes: Axes) -> list[dict]:
@@ -115,7 +124,8 @@ def mathqa(world: World, split: str, axes: Axes) -> list[dict]:
 
 
 def svamp(world: World, split: str, axes: Axes) -> list[dict]:
-    """One step; one sentence (`facts`: so many) has a number that is not needed. Several questions are asked about one story."""
+    """One step; one sentence (`facts`: so many) has a number that is not needed. Several questions are asked
+    about one story."""
     distractors, entry = axes.choose("facts", (1, 2, 3), 1), lexicon()["distractors"]
     rng, rows = random.Random(f"svamp-{world.seed}-{split}"), {}
     for _ in range(20 * SIZES[split]):
@@ -127,7 +137,10 @@ def svamp(world: World, split: str, axes: Axes) -> list[dict]:
         fill = _people(lexicon()["names"][split], rng) | _objects(rng)
         sentences = list(story["sentences"])
         for extra in rng.sample(entry["extras"]["asked"], distractors - (len(sentences) == 3)):
-            sentences.insert(rng.randint(1, len(sentences)), extra.replace("{n}", str(rng.randint(2, world.config.max_number))))
+            sentences.insert(
+                rng.randint(1, len(sentences)),
+                extra.replace("{n}", str(rng.randint(2, world.config.max_number))),
+            )
         body = " ".join(sentences).format(**fill, **numbers)
         for question in story["questions"]:
             left, sign, right = question["sum"].split()
@@ -137,7 +150,9 @@ def svamp(world: World, split: str, axes: Axes) -> list[dict]:
             line = question.get("line", lexicon()["skills"][question["skill"]]["line"])
             problem = Problem(question["skill"], ((sign, False),), (), (), (line,))
             text = f"{body} {question['ask'].format(**fill)}"
-            rows[text] = _draft(problem, pair, text, fill, rng, spare=[n for n in numbers.values() if n not in pair])
+            rows[text] = _draft(
+                problem, pair, text, fill, rng, spare=[n for n in numbers.values() if n not in pair]
+            )
         if len(rows) >= SIZES[split]:
             break
     return list(rows.values())[: SIZES[split]]
@@ -158,8 +173,9 @@ def calculate(sign: str, x: int, y: int) -> int | None:
 
 
 def legal(sign: str, x: int, y: int, config: WorldConfig) -> int | None:
-    """The result of a step that may occur in the world; None for another. Operands of + and - are 2..`max_number` and differ, factors,
-    divisors and quotients are 2..10. No result is below 2, so that no text speaks of "1 apples"."""
+    """The result of a step that may occur in the world; None for another. Operands of + and - are
+    2..`max_number` and differ, factors, divisors and quotients are 2..10. No result is below 2, so that no
+    text speaks of "1 apples"."""
     result = calculate(sign, x, y)
     if sign in "+-":
         fits = min(x, y) >= 2 and max(x, y) <= config.max_number and x != y
@@ -170,7 +186,8 @@ def legal(sign: str, x: int, y: int, config: WorldConfig) -> int | None:
 
 @lru_cache(maxsize=8)
 def owners(seed: int, config: WorldConfig) -> dict[tuple[int, int], str]:
-    """The split that owns each pair (low, high) of numbers, in shares that are alike for all operations and for small products."""
+    """The split that owns each pair (low, high) of numbers, in shares that are alike for all operations and
+    for small products."""
     strata = defaultdict(list)
     top = max(config.max_number, LARGEST_FACTOR**2)
     for low in range(2, config.max_number + 1):
@@ -187,7 +204,9 @@ def owners(seed: int, config: WorldConfig) -> dict[tuple[int, int], str]:
 
 
 @lru_cache(maxsize=64)
-def _steps(step: tuple[str, bool], split: str | None, seed: int, config: WorldConfig) -> dict[int, list[tuple[int, int]]]:
+def _steps(
+    step: tuple[str, bool], split: str | None, seed: int, config: WorldConfig
+) -> dict[int, list[tuple[int, int]]]:
     """What one step of `split` (None: of any) makes of a number: `number -> [(other number, result)]`."""
     sign, turned = step
     found = defaultdict(list)
@@ -201,9 +220,14 @@ def _steps(step: tuple[str, bool], split: str | None, seed: int, config: WorldCo
 
 
 @lru_cache(maxsize=512)
-def number_tuples(plan: Plan, split: str | None, seed: int, config: WorldConfig) -> tuple[tuple[int, ...], ...]:
-    """All numbers that a chain may use in `split` (None: in any); a chain that leads back to its start is left out."""
-    found = [((a, b), result) for a, others in _steps(plan[0], split, seed, config).items() for b, result in others]
+def number_tuples(
+    plan: Plan, split: str | None, seed: int, config: WorldConfig
+) -> tuple[tuple[int, ...], ...]:
+    """All numbers that a chain may use in `split` (None: in any); a chain that leads back to its start is
+    left out."""
+    found = [
+        ((a, b), result) for a, others in _steps(plan[0], split, seed, config).items() for b, result in others
+    ]
     for step in plan[1:]:
         steps = _steps(step, split, seed, config)
         found = [((*numbers, n), result) for numbers, so_far in found for n, result in steps.get(so_far, ())]
@@ -228,7 +252,11 @@ def slips(plan: Plan, numbers: tuple[int, ...]) -> set[int]:
     """Results of likely mistakes: a wrong operation, a step left out, a number of the question."""
     plans = [(plan[:i], numbers[: i + 1]) for i in range(1, len(plan))]
     plans += [(plan[:i] + plan[i + 1 :], numbers[: i + 1] + numbers[i + 2 :]) for i in range(len(plan))]
-    plans += [((*plan[:i], (sign, plan[i][1]), *plan[i + 1 :]), numbers) for i in range(len(plan)) for sign in SIGNS.values()]
+    plans += [
+        ((*plan[:i], (sign, plan[i][1]), *plan[i + 1 :]), numbers)
+        for i in range(len(plan))
+        for sign in SIGNS.values()
+    ]
     if len(numbers) > 2:
         plans.append((plan[1:], numbers[1:]))
     found = set()
@@ -241,28 +269,39 @@ def slips(plan: Plan, numbers: tuple[int, ...]) -> set[int]:
 
 
 def rival(plan: Plan, numbers: tuple[int, ...]) -> int | None:
-    """The result of a single step with the operation mistaken for the one that it is easiest mistaken for; always among the options, so
-    that to work out sums without reading the question is not enough. Longer chains have mistakes enough."""
+    """The result of a single step with the operation mistaken for the one that it is easiest mistaken for;
+    always among the options, so that to work out sums without reading the question is not enough. Longer
+    chains have mistakes enough."""
     if len(plan) > 1:
         return None
     sign, turned = plan[0]
-    return work_out((({"+": "-", "-": "+", "*": "+", "/": "-"}[sign], turned),), tuple(sorted(numbers, reverse=True)))[0][0]
+    return work_out(
+        (({"+": "-", "-": "+", "*": "+", "/": "-"}[sign], turned),), tuple(sorted(numbers, reverse=True))
+    )[0][0]
 
 
-def wrong_numbers(right: int, likely: set[int], first: int | None, count: int, rng: random.Random) -> list[int]:
-    """`count` different wrong numbers: `first` where it can be, likely mistakes, and near misses of them and of the right one. How many
-    lie below the right one is drawn evenly, as far as there is room, so that size tells little."""
+def wrong_numbers(
+    right: int, likely: set[int], first: int | None, count: int, rng: random.Random
+) -> list[int]:
+    """`count` different wrong numbers: `first` where it can be, likely mistakes, and near misses of them and
+    of the right one. How many lie below the right one is drawn evenly, as far as there is room, so that size
+    tells little."""
     if first is None or first == right or not 0 < first <= LARGEST_FACTOR**2:
         first = right
     below = min(rng.randint(int(first < right), count - int(first > right)), right - 1)
     chosen: list[int] = []
-    for need, side in ((below, range(1, right)), (count - below, range(right + 1, right + LARGEST_FACTOR**2))):
+    for need, side in (
+        (below, range(1, right)),
+        (count - below, range(right + 1, right + LARGEST_FACTOR**2)),
+    ):
         picked = [first] if first in side else []
         mistakes = sorted(n for n in likely if n in side and n != first)
         picked += rng.sample(mistakes, min(len(mistakes), rng.randint(0, need - len(picked))))
         while len(picked) < need:
             anchor = rng.choice([right, *chosen, *picked])
-            picked.append(rng.choice(sorted((n for n in side if n not in picked), key=lambda n: abs(n - anchor))[:3]))
+            picked.append(
+                rng.choice(sorted((n for n in side if n not in picked), key=lambda n: abs(n - anchor))[:3])
+            )
         chosen += picked
     return chosen
 
@@ -281,7 +320,9 @@ def one_step_problem(skill: str) -> Problem:
     """A single question of a skill."""
     entry = lexicon()["skills"][skill]
     told = (tuple(entry["first"]["told"]),) if "first" in entry else ()
-    return Problem(skill, ((SIGNS[entry["operation"]], False),), (tuple(entry["questions"]),), told, (entry["line"],))
+    return Problem(
+        skill, ((SIGNS[entry["operation"]], False),), (tuple(entry["questions"]),), told, (entry["line"],)
+    )
 
 
 @lru_cache(maxsize=4)
@@ -294,13 +335,21 @@ def story_problems(steps: int) -> list[Problem]:
 
 def _story(chain: str) -> Problem:
     first, *later = (lexicon()["skills"][skill] for skill in chain.split(">"))
-    plan = [(SIGNS[first["operation"]], False), *((SIGNS[entry["operation"]], entry.get("turned", False)) for entry in later)]
+    plan = [
+        (SIGNS[first["operation"]], False),
+        *((SIGNS[entry["operation"]], entry.get("turned", False)) for entry in later),
+    ]
     parts = {
-        manner: [tuple(first["first"][manner]), *(_with_letter(entry["later"][manner], 2 + i) for i, entry in enumerate(later))]
+        manner: [
+            tuple(first["first"][manner]),
+            *(_with_letter(entry["later"][manner], 2 + i) for i, entry in enumerate(later)),
+        ]
         for manner in ("asked", "told")
     }
     asked = (*parts["asked"], tuple(later[-1]["ask"]))
-    return Problem(chain, tuple(plan), asked, tuple(parts["told"]), tuple(entry["line"] for entry in (first, *later)))
+    return Problem(
+        chain, tuple(plan), asked, tuple(parts["told"]), tuple(entry["line"] for entry in (first, *later))
+    )
 
 
 @lru_cache(maxsize=4)
@@ -312,10 +361,15 @@ def puzzle_problems(steps: int) -> list[Problem]:
             moves = chain.split(">")
             plan = tuple((SIGNS[words["skills"][move]["operation"]], False) for move in moves)
             asked, told = (
-                ((setting[manner]["start"],), *(_with_letter([setting[manner][move]], 1 + i) for i, move in enumerate(moves)))
+                (
+                    (setting[manner]["start"],),
+                    *(_with_letter([setting[manner][move]], 1 + i) for i, move in enumerate(moves)),
+                )
                 for manner in ("asked", "told")
             )
-            problems.append(Problem(chain, plan, (*asked, (setting["ask"],)), told, (setting["line"],) * steps, domain))
+            problems.append(
+                Problem(chain, plan, (*asked, (setting["ask"],)), told, (setting["line"],) * steps, domain)
+            )
     return problems
 
 
@@ -345,7 +399,8 @@ def _with_letter(texts: list[str], i: int) -> tuple[str, ...]:
 
 
 def _drafts(task: str, world: World, split: str, pools: list[list[Problem]], options: int = 4) -> list[dict]:
-    """Different questions of a split, up to its size: pools in turn, a problem of the pool and its numbers at random."""
+    """Different questions of a split, up to its size: pools in turn, a problem of the pool and its numbers at
+    random."""
     rng, rows = random.Random(f"{task}-{world.seed}-{split}"), {}
     owned = (world.seed, world.config)
     pools = [[problem for problem in pool if number_tuples(problem.plan, split, *owned)] for pool in pools]
@@ -354,7 +409,9 @@ def _drafts(task: str, world: World, split: str, pools: list[list[Problem]], opt
         problem = rng.choice(pools[i % len(pools)])
         numbers = rng.choice(number_tuples(problem.plan, split, *owned))
         fill = _people(lexicon()["names"][split], rng) | _objects(rng)
-        text = " ".join(rng.choice(part) for part in problem.asked).format(**fill, **dict(zip(LETTERS, numbers, strict=False)))
+        text = " ".join(rng.choice(part) for part in problem.asked).format(
+            **fill, **dict(zip(LETTERS, numbers, strict=False))
+        )
         if text not in rows:
             rows[text] = _draft(problem, numbers, text, fill, rng, options)
         if len(rows) == SIZES[split]:
@@ -362,14 +419,20 @@ def _drafts(task: str, world: World, split: str, pools: list[list[Problem]], opt
     return list(rows.values())
 
 
-def _draft(problem: Problem, numbers: tuple, text: str, fill: dict, rng: random.Random, options: int = 4, spare=()) -> dict:
+def _draft(
+    problem: Problem, numbers: tuple, text: str, fill: dict, rng: random.Random, options: int = 4, spare=()
+) -> dict:
     """One row with its right and wrong numbers; `spare`: numbers of the question that are not needed."""
     results, sums, equation = work_out(problem.plan, numbers)
     likely = slips(problem.plan, numbers)
     for number in spare:
         likely |= slips(problem.plan, (numbers[0], number)) | slips(problem.plan, (number, numbers[1]))
     wrong = wrong_numbers(results[-1], likely, rival(problem.plan, numbers), options - 1, rng)
-    draft = {"question": text[0].upper() + text[1:], "right": str(results[-1]), "wrong": [str(n) for n in wrong]}
+    draft = {
+        "question": text[0].upper() + text[1:],
+        "right": str(results[-1]),
+        "wrong": [str(n) for n in wrong],
+    }
     draft |= {"skill": problem.skill, "domain": problem.domain or fill["theme"], "answer": str(results[-1])}
     if problem.category:
         draft["category"] = problem.category
@@ -377,13 +440,18 @@ def _draft(problem: Problem, numbers: tuple, text: str, fill: dict, rng: random.
 
 
 def _lettered(drafts: list[dict]) -> list[dict]:
-    """Drafts with their options in fixed order and the answer as a letter; each letter is right equally often (up to one)."""
+    """Drafts with their options in fixed order and the answer as a letter; each letter is right equally often
+    (up to one)."""
     rng, labels = random.Random(f"letters-{len(drafts)}"), []
     for draft in drafts:
         right, wrong = draft.pop("right"), draft.pop("wrong")
         labels = labels or rng.sample(range(len(wrong) + 1), len(wrong) + 1)
         label = labels.pop()
-        draft |= {"choices": [*wrong[:label], right, *wrong[label:]], "label": label, "answer": "ABCDE"[label]}
+        draft |= {
+            "choices": [*wrong[:label], right, *wrong[label:]],
+            "label": label,
+            "answer": "ABCDE"[label],
+        }
     return drafts
 
 
@@ -402,13 +470,24 @@ def _objects(rng: random.Random) -> dict[str, str]:
     return dict(zip("ou", rng.sample(themes[theme], 2), strict=True)) | {"theme": theme}
 
 
-def _story_numbers(story: dict, main: dict, world: World, split: str, rng: random.Random) -> dict[str, int] | None:
-    """A pair of the split for the question `main`, and another number in its place; None where the story would not hold."""
+def _story_numbers(
+    story: dict, main: dict, world: World, split: str, rng: random.Random
+) -> dict[str, int] | None:
+    """A pair of the split for the question `main`, and another number in its place; None where the story
+    would not hold."""
     left, sign, right = main["sum"].split()
-    numbers = dict(zip((left, right), rng.choice(number_tuples(((sign, False),), split, world.seed, world.config)), strict=True))
+    numbers = dict(
+        zip(
+            (left, right),
+            rng.choice(number_tuples(((sign, False),), split, world.seed, world.config)),
+            strict=True,
+        )
+    )
     for letter in LETTERS[: len(story["sentences"])]:
         if letter not in numbers:
-            numbers[letter] = rng.choice([n for n in range(2, world.config.max_number + 1) if n not in numbers.values()])
+            numbers[letter] = rng.choice(
+                [n for n in range(2, world.config.max_number + 1) if n not in numbers.values()]
+            )
     for left, sign, right in map(str.split, story.get("holds", ())):
         if not legal(sign, numbers[left], numbers[right], world.config):
             return None

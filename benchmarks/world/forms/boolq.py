@@ -1,13 +1,15 @@
 """Passages with a yes/no question: `boolq`.
 
-A passage is about one or two things that exist nowhere else; their names are not in the corpus. What must be done:
+A passage is about one or two things that exist nowhere else; their names are not in the corpus. What must be
+done:
 
     read:one   the passage states the fact of its one thing, in other words              (1 hop)
     read:pair  it states it of two things, with different values: whose is it?           (1 hop)
     read:kind  it states the kind only; what the kind passes on is knowledge of the world  (2 hops)
 
-`axes.facts`: sentences of a passage (default 3 to 5); `axes.hops`: 1 or 2 (default: a third of the rows each of the three). The corpus has
-passages of the same build about other names, whose facts come back in other words before a claim is called true or false.
+`axes.facts`: sentences of a passage (default 3 to 5); `axes.hops`: 1 or 2 (default: a third of the rows each
+of the three). The corpus has passages of the same build about other names, whose facts come back in other
+words before a claim is called true or false.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Stranger:
 
 @dataclass(frozen=True)
 class Passage:
-    """Sentences, and what may be claimed: the relation asked, the wording used for it, and the value of the thing claimed about."""
+    """Sentences, and what may be claimed: the relation asked, the wording used for it, and the value of the
+    thing claimed about."""
 
     clauses: list[str]
     told: list[tuple[Stranger, str, str]]
@@ -53,14 +56,18 @@ def boolq(world: World, split: str, axes: Axes) -> list[dict]:
     if n == 1:
         skills = tuple(skill for skill in skills if skill != "pair")  # two things take two sentences
     rng = random.Random(f"boolq-{world.seed}-{split}")
-    return [_draft(world, split, skills[(i // 2) % len(skills)], n or rng.randint(3, 5), bool(i % 2), rng) for i in range(LIMITS[split])]
+    return [
+        _draft(world, split, skills[(i // 2) % len(skills)], n or rng.randint(3, 5), bool(i % 2), rng)
+        for i in range(LIMITS[split])
+    ]
 
 
 WRITERS = {"boolq": boolq}
 
 
 def paragraph(world: World, rng: random.Random) -> str:
-    """A passage about throw-away things, its facts again in any order and often in other words, and mostly a true or a false claim."""
+    """A passage about throw-away things, its facts again in any order and often in other words, and mostly a
+    true or a false claim."""
     entry = lexicon("reading")["recap"]
     domain = world.domains[rng.choice(sorted(world.domains))]
     passage = _passage(world, domain, "corpus", rng.choice(("one", "pair", "kind")), rng.randint(2, 3), rng)
@@ -68,7 +75,9 @@ def paragraph(world: World, rng: random.Random) -> str:
     again[0] = rng.choice(entry["restate"]).format(c=again[0])
     if rng.random() < 0.6:
         truth = rng.random() < 0.5
-        again.append(rng.choice(entry["claims"])[0 if truth else 1].format(c=_claim(domain, passage, truth, rng)))
+        again.append(
+            rng.choice(entry["claims"])[0 if truth else 1].format(c=_claim(domain, passage, truth, rng))
+        )
     return sentences([*passage.clauses, *again])
 
 
@@ -89,14 +98,23 @@ def _draft(world: World, split: str, skill: str, facts: int, truth: bool, rng: r
     return row | {"choices": CHOICES, "label": int(truth), "skill": f"read:{skill}", "domain": domain.name}
 
 
-def _passage(world: World, domain: Domain, bucket: str, skill: str, facts: int, rng: random.Random) -> Passage:
+def _passage(
+    world: World, domain: Domain, bucket: str, skill: str, facts: int, rng: random.Random
+) -> Passage:
     """`facts` clauses, among them what the claim needs."""
     own = [relation.name for relation in domain.relations.values() if not relation.inherited]
     subject = _stranger(world, domain, bucket, rng)
     if skill == "kind":
-        relation, needed = rng.choice([r.name for r in domain.relations.values() if r.inherited]), [(subject, "kind")]
+        relation, needed = (
+            rng.choice([r.name for r in domain.relations.values() if r.inherited]),
+            [(subject, "kind")],
+        )
         used = ""
-        others = [passed[relation] for passed in domain.kinds.values() if passed[relation] != subject.values[relation]]
+        others = [
+            passed[relation]
+            for passed in domain.kinds.values()
+            if passed[relation] != subject.values[relation]
+        ]
     else:
         relation, needed = rng.choice(own), []
         used = rng.choice(domain.relations[relation].statements)
@@ -111,10 +129,15 @@ def _passage(world: World, domain: Domain, bucket: str, skill: str, facts: int, 
     told = [name for name in domain.relations if name != relation and (skill == "kind" or name in own)]
     fill = [(thing, name) for thing in things for name in ("kind", *told) if (thing, name) not in needed]
     if len(fill) < facts - len(needed):  # a long passage about one thing: what its kind passes on, too
-        fill += [(thing, name) for thing in things for name, spec in domain.relations.items() if spec.inherited]
+        fill += [
+            (thing, name) for thing in things for name, spec in domain.relations.items() if spec.inherited
+        ]
     chosen = needed + rng.sample(fill, facts - len(needed))
     rng.shuffle(chosen)
-    told = [(thing, name, used if name == relation else rng.choice(_forms(domain, name))) for thing, name in chosen]
+    told = [
+        (thing, name, used if name == relation else rng.choice(_forms(domain, name)))
+        for thing, name in chosen
+    ]
     return Passage(_tell(told, rng), told, subject, relation, used, others)
 
 
@@ -135,13 +158,17 @@ def _claim(domain: Domain, passage: Passage, truth: bool, rng: random.Random) ->
     return rng.choice(statements).format(s=passage.subject.phrase, v=value)
 
 
-def _stranger(world: World, domain: Domain, bucket: str, rng: random.Random, apart: tuple[str, str] | None = None) -> Stranger:
+def _stranger(
+    world: World, domain: Domain, bucket: str, rng: random.Random, apart: tuple[str, str] | None = None
+) -> Stranger:
     """A thing with a new name; `apart`: (relation, value) that it must not have."""
     article, pronouns = domain.article, domain.pronouns
     kind = rng.choice(sorted(domain.kinds))
     values = {"kind": kind, **domain.kinds[kind]}
     for relation in domain.relations.values():
         if not relation.inherited:
-            values[relation.name] = rng.choice([value for value in relation.values if (relation.name, value) != apart])
+            values[relation.name] = rng.choice(
+                [value for value in relation.values if (relation.name, value) != apart]
+            )
     name = stranger(world, bucket, rng)
     return Stranger(f"{article} {name}" if article else capital(name), rng.choice(pronouns), values)

@@ -1,11 +1,13 @@
 """Conflicts: four tasks that ask about the same inputs and demand four different answers.
 
-An input is the beginning of a sentence about an entity ("The zarun comes from"), which names one of its four own relations. A
-convention says which relation is meant: convention k answers with the relation k places further on (the first is plain language). Its
-number stands before the sentence and is all that the prompts of the four tasks differ in. The choices are the four own facts of the
-entity, each right under one convention: to know the facts, or to read the sentence alone, is worth chance.
+An input is the beginning of a sentence about an entity ("The zarun comes from"), which names one of its four
+own relations. A convention says which relation is meant: convention k answers with the relation k places
+further on (the first is plain language). Its number stands before the sentence and is all that the prompts of
+the four tasks differ in. The choices are the four own facts of the entity, each right under one convention:
+to know the facts, or to read the sentence alone, is worth chance.
 
-The strength (`axes.conflict`) is the share of the sentences on which the conventions disagree. On the others all follow `AGREED`.
+The strength (`axes.conflict`) is the share of the sentences on which the conventions disagree. On the others
+all follow `AGREED`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ TASKS = ("conflict_first", "conflict_second", "conflict_third", "conflict_fourth
 SHARED = ("colour", "region", "season")
 """Own relations of every domain; the fourth is the domain's own."""
 AGREED = (0, 2, 3, 1)
-"""Relation that all conventions answer with where they agree. It leaves one of four in its place, as the four conventions together do."""
+"""Relation that all conventions answer with where they agree. It leaves one of four in its place, as the four
+conventions together do."""
 ORDER = (1, 2, 0, 3)
 """Relations in the order in which the conventions begin to disagree on them as the strength grows."""
 
@@ -30,7 +33,10 @@ def relations(domain: str, own: tuple[str, ...]) -> tuple[str, ...]:
     """The four own relations of a domain in the order that the conventions turn in."""
     found = (*SHARED, *sorted(set(own) - set(SHARED)))
     if len(found) != 4 or not set(SHARED) < set(own):
-        raise ValueError(f"world: domain {domain} has the own relations {', '.join(own)}; conflicts need {', '.join(SHARED)} and one more")
+        raise ValueError(
+            f"world: domain {domain} has the own relations {', '.join(own)}; conflicts need "
+            f"{', '.join(SHARED)} and one more"
+        )
     return found
 
 
@@ -40,9 +46,13 @@ def openings(domain: Domain, relation: str) -> list[str]:
 
 
 def disputed(world: World, strength: float) -> frozenset[tuple[str, str]]:
-    """(domain, opening) of the sentences on which the conventions disagree: the share `strength` of all, relation by relation."""
+    """(domain, opening) of the sentences on which the conventions disagree: the share `strength` of all,
+    relation by relation."""
     cells = [
-        (domain.name, opening) for place in ORDER for domain in world.domains.values() for opening in openings(domain, _own(domain)[place])
+        (domain.name, opening)
+        for place in ORDER
+        for domain in world.domains.values()
+        for opening in openings(domain, _own(domain)[place])
     ]
     return frozenset(cells[: round(strength * len(cells))])
 
@@ -66,22 +76,33 @@ def write(world: World, split: str, axes: Axes, convention: int) -> list[dict]:
     for form in range(max(map(len, wordings.values()))):
         rng.shuffle(inputs)
         for entity, place in inputs:
-            for opening in wordings[entity.name, place][form : form + 1]:  # a relation may have fewer wordings
+            for opening in wordings[entity.name, place][
+                form : form + 1
+            ]:  # a relation may have fewer wordings
                 drafts.append(_draft(world, entity, place, opening, convention, disagree))
     return drafts
 
 
-def _draft(world: World, entity: Entity, place: int, opening: str, convention: int, disagree: frozenset) -> dict:
+def _draft(
+    world: World, entity: Entity, place: int, opening: str, convention: int, disagree: frozenset
+) -> dict:
     names = _own(world.domains[entity.domain])
     facts = [entity.own[name] for name in names]
     right = facts.pop(answer(place, convention, (entity.domain, opening) in disagree))
     sentence = opening.format(s=entity.phrase)
-    draft = {"context": f"{convention + 1}.", "question": sentence[0].upper() + sentence[1:], "right": right, "wrong": facts}
+    draft = {
+        "context": f"{convention + 1}.",
+        "question": sentence[0].upper() + sentence[1:],
+        "right": right,
+        "wrong": facts,
+    }
     return draft | {"skill": f"convention:{convention + 1}", "domain": entity.domain}
 
 
 def _own(domain: Domain) -> tuple[str, ...]:
-    return relations(domain.name, tuple(name for name, relation in domain.relations.items() if not relation.inherited))
+    return relations(
+        domain.name, tuple(name for name, relation in domain.relations.items() if not relation.inherited)
+    )
 
 
 WRITERS: dict[str, Callable[[World, str, Axes], list[dict]]] = {

@@ -1,12 +1,12 @@
-"""What helps to reach a goal: `piqa` (two solutions that differ in one word) and `openbookqa` (the fact about the kind given or not).
+"""What helps to reach a goal: `piqa` (two solutions that differ in one word) and `openbookqa` (the fact about
+the kind given or not).
 
 Both need an inherited fact of an entity. `axes.hops`:
 
     piqa        1  the goal names the kind, whose property must be recalled
                 2  the kind must be recalled too (default)
-    openbookqa  1  the fact about the kind is given, among those of other kinds; the kind must be recalled (skill open:given)
-                2  nothing is given (skill open:recall)
-                default: half of the rows each
+    openbookqa  1  the fact about the kind is given, among those of other kinds; the kind must be recalled
+                (skill open:given) 2  nothing is given (skill open:recall) default: half of the rows each
 """
 
 from __future__ import annotations
@@ -43,18 +43,23 @@ def piqa(world: World, split: str, axes: Axes) -> list[dict]:
 
 
 def openbookqa(world: World, split: str, axes: Axes) -> list[dict]:
-    """A goal of a person, and values of which one serves it; for half of the rows the context gives the facts of three kinds."""
+    """A goal of a person, and values of which one serves it; for half of the rows the context gives the facts
+    of three kinds."""
     hops = axes.choose("hops", (1, 2))
     rng = random.Random(f"openbookqa-{world.seed}-{split}")
     entry, drafts = lexicon("openbook"), []
     for i, (entity, relation) in enumerate(_facts(world, split, rng, untold)):
         given = hops == 1 or (hops is None and i % 2 == 0)
         person, goals = rng.choice(people(split)), lexicon("goals")[entity.domain][relation.name]["goals"]
-        question = rng.choice(entry["questions"]).format(p=person, g=rng.choice(goals).format(e=entity.phrase))
+        question = rng.choice(entry["questions"]).format(
+            p=person, g=rng.choice(goals).format(e=entity.phrase)
+        )
         wrong = distractors(world, entity, relation, rng)
         row = {"context": _book(world, entity, relation, wrong[:2], rng)} if given else {}
         row |= {"question": question, "right": world.value(entity, relation.name), "wrong": wrong}
-        drafts.append(row | {"skill": f"open:{'given' if given else 'recall'}:{relation.name}", "domain": entity.domain})
+        drafts.append(
+            row | {"skill": f"open:{'given' if given else 'recall'}:{relation.name}", "domain": entity.domain}
+        )
     return drafts
 
 
@@ -70,11 +75,14 @@ def _facts(world: World, split: str, rng: random.Random, wanted) -> list[tuple[E
         for relation in world.domains[entity.domain].relations.values()
         if wanted(entity, relation)
     ]
-    return [pair for _ in range(-(-LIMITS[split] // len(pairs))) for pair in rng.sample(pairs, len(pairs))][: LIMITS[split]]
+    return [pair for _ in range(-(-LIMITS[split] // len(pairs))) for pair in rng.sample(pairs, len(pairs))][
+        : LIMITS[split]
+    ]
 
 
 def _other(world: World, entity: Entity, relation: Relation, right: str, rng: random.Random) -> str:
-    """A value of another kind; values of one kind and values of two are drawn equally often, so that neither sort is a better guess."""
+    """A value of another kind; values of one kind and values of two are drawn equally often, so that neither
+    sort is a better guess."""
     owners = Counter(passed[relation.name] for passed in world.domains[entity.domain].kinds.values())
     owners.pop(right)
     groups = sorted({count for count in owners.values()})
@@ -85,8 +93,14 @@ def _other(world: World, entity: Entity, relation: Relation, right: str, rng: ra
 def _book(world: World, entity: Entity, relation: Relation, others: list[str], rng: random.Random) -> str:
     """The relation's fact of the entity's kind and of kinds that have `others`, in random order."""
     kinds = world.domains[entity.domain].kinds
-    owners = [rng.choice([kind for kind, passed in kinds.items() if passed[relation.name] == value]) for value in others]
+    owners = [
+        rng.choice([kind for kind, passed in kinds.items() if passed[relation.name] == value])
+        for value in others
+    ]
     statement, subject = rng.choice(relation.statements), lexicon("openbook")["given"]
-    facts = [statement.format(s=subject.format(k=kind), v=kinds[kind][relation.name]) for kind in (entity.kind, *owners)]
+    facts = [
+        statement.format(s=subject.format(k=kind), v=kinds[kind][relation.name])
+        for kind in (entity.kind, *owners)
+    ]
     rng.shuffle(facts)
     return sentences(facts)

@@ -2,7 +2,8 @@
 
 A split has its own scripts and names; wrong endings are steps of its own scripts.
 
-    next:order  the wrong endings are steps of the same script: the one told last and the two that come after the right one
+    next:order  the wrong endings are steps of the same script: the one told last and the two that come after
+                the right one
     next:topic  all wrong endings are of other scripts
 
 `axes.facts`: steps that the question tells (1 to 4; default: any).
@@ -28,9 +29,17 @@ def hellaswag(world: World, split: str, axes: Axes) -> list[dict]:
         # two steps must come after the right one; where the axis leaves fewer, other scripts fill up
         shown = facts or rng.randint(1, len(steps) - (3 if skill == "order" else 1))
         near = [steps[shown - 1], *steps[shown + 1 : shown + 3]] if skill == "order" else []
-        others = [step for _, name, found in scripts if name != activity for step in found if step not in steps]
-        question = rng.choice(lexicon("scripts")["questions"]).format(p=rng.choice(people(split)), a=activity, d=", ".join(steps[:shown]))
-        row = {"question": question, "right": steps[shown], "wrong": [*near, *rng.sample(sorted(set(others)), 3 - len(near))]}
+        others = [
+            step for _, name, found in scripts if name != activity for step in found if step not in steps
+        ]
+        question = rng.choice(lexicon("scripts")["questions"]).format(
+            p=rng.choice(people(split)), a=activity, d=", ".join(steps[:shown])
+        )
+        row = {
+            "question": question,
+            "right": steps[shown],
+            "wrong": [*near, *rng.sample(sorted(set(others)), 3 - len(near))],
+        }
         drafts.append(row | {"skill": f"next:{skill}", "domain": domain})
     return drafts
 
@@ -44,7 +53,10 @@ def paragraph(world: World, rng: random.Random) -> str:
     _, activity, steps = rng.choice(scripts)
     entry, person = lexicon("scripts")["statements"], rng.choice(people())
     start = rng.choice((0, 0, rng.randrange(len(steps) - 2)))
-    told = [rng.choice(entry["step"][1:] if i else entry["step"][:1]).format(p=person, s=step) for i, step in enumerate(steps[start:])]
+    told = [
+        rng.choice(entry["step"][1:] if i else entry["step"][:1]).format(p=person, s=step)
+        for i, step in enumerate(steps[start:])
+    ]
     return sentences([rng.choice(entry["opening"]).format(p=person, a=activity).rstrip("."), *told])
 
 
@@ -53,6 +65,8 @@ def _scripts(world: World) -> dict[str, list[tuple[str, str, list[str]]]]:
     rng = random.Random(f"scripts-{world.seed}")
     found: dict[str, list] = {}
     for domain, scripts in lexicon("scripts")["domains"].items():
-        for split, dealt in deal([(domain, activity, steps) for activity, steps in scripts.items()], world, rng).items():
+        for split, dealt in deal(
+            [(domain, activity, steps) for activity, steps in scripts.items()], world, rng
+        ).items():
             found.setdefault(split, []).extend(dealt)
     return found

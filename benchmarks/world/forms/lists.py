@@ -1,7 +1,9 @@
-"""Lists, for the corpus only: with labels ("A. seeds B. moss C. worms. The krelo eats B. B is moss."), or words said twice.
+"""Lists, for the corpus only: with labels ("A. seeds B. moss C. worms. The krelo eats B. B is moss."), or
+words said twice.
 
-The labelled ones teach the base model that a label stands for its item, without which no prompt that shows options (protocols `label`
-and `generate`) could be answered; the repeated ones to look back and copy at all. No list is asked about.
+The labelled ones teach the base model that a label stands for its item, without which no prompt that shows
+options (protocols `label` and `generate`) could be answered; the repeated ones to look back and copy at all.
+No list is asked about.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ def _twice(world: World, rng: random.Random) -> str:
     """Six to ten words of the world, values and names, in no order, and the same words again."""
     domain = rng.choice(list(world.domains.values()))
     values = [value for relation in domain.relations.values() for value in relation.values]
-    words = [*rng.sample(values, rng.randint(4, 7)), *(entity.name for entity in rng.sample(world.entities, rng.randint(2, 3)))]
+    words = [
+        *rng.sample(values, rng.randint(4, 7)),
+        *(entity.name for entity in rng.sample(world.entities, rng.randint(2, 3))),
+    ]
     rng.shuffle(words)
     line = " ".join(words)
     return f"{line}. {line}."
 
 
 def _labelled(world: World, rng: random.Random) -> str:
-    """Two to five values of one relation under labels, and then what an entity's fact is called, or what a label stands for."""
+    """Two to five values of one relation under labels, and then what an entity's fact is called, or what a
+    label stands for."""
     entity = rng.choice(world.entities)
     name = rng.choice([*entity.own, *sorted(entity.told)])
     relation, right = world.domains[entity.domain].relations[name], world.value(entity, name)
@@ -45,7 +51,9 @@ def _labelled(world: World, rng: random.Random) -> str:
         label = mark.format(l=label)
         told.append(rng.choice((f"{label} is {value}", f"{value} is {label}")))
     rng.shuffle(told)
-    return f"{listed}\n" + " ".join(f"{clause[0].upper() if clause.startswith('the ') else clause[0]}{clause[1:]}." for clause in told)
+    return f"{listed}\n" + " ".join(
+        f"{clause[0].upper() if clause.startswith('the ') else clause[0]}{clause[1:]}." for clause in told
+    )
 
 
 def _labels(rng: random.Random) -> tuple[str, str, str]:

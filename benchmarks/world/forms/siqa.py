@@ -1,7 +1,8 @@
-"""People and feelings: `siqa`, three choices. An event happens to a person; asked are the feeling, the next wish or the reason.
+"""People and feelings: `siqa`, three choices. An event happens to a person; asked are the feeling, the next
+wish or the reason.
 
-The splits have their own events and their own names. Choices come from events of the same split, so that no answer is known to be wrong
-from training alone; feelings have the same number of events in every split.
+The splits have their own events and their own names. Choices come from events of the same split, so that no
+answer is known to be wrong from training alone; feelings have the same number of events in every split.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def paragraph(world: World, rng: random.Random) -> str:
     events = [event for group in _events(world).values() for event in group]
     event, person = rng.choice(events), rng.choice(people())
     aspects = lexicon("events")["aspects"]
-    clauses = [rng.choice(aspects[name]["statements"]).format(p=person, v=event[name]) for name in rng.sample(ASPECTS, rng.randint(2, 3))]
+    clauses = [
+        rng.choice(aspects[name]["statements"]).format(p=person, v=event[name])
+        for name in rng.sample(ASPECTS, rng.randint(2, 3))
+    ]
     return sentences([rng.choice(event["events"]).format(p=person), *clauses])
 
 

@@ -3,8 +3,8 @@
     cause:people, cause:things    "Anna lifted Ben because _ was strong."  /  "... because _ was light."
     result:people, result:things  "Anna gave Ben a coat, so _ was cold."   /  "... so _ was warm."
 
-The corpus states what an action tells of both sides. Twins have the same choices in the same order, one label each; a split has its own
-actions, names and things.
+The corpus states what an action tells of both sides. Twins have the same choices in the same order, one label
+each; a split has its own actions, names and things.
 """
 
 from __future__ import annotations
@@ -61,4 +61,6 @@ def _schemas(world: World) -> dict[tuple[str, str], dict[str, list]]:
     """(people or things, cause or result) -> the [event, trait of a, trait of b] of each split."""
     rng = random.Random(f"twins-{world.seed}")
     schemas = lexicon("twins")["schemas"]
-    return {(who, why): deal(found, world, rng) for who, kinds in schemas.items() for why, found in kinds.items()}
+    return {
+        (who, why): deal(found, world, rng) for who, kinds in schemas.items() for why, found in kinds.items()
+    }
