@@ -183,8 +183,8 @@ def protocol(problem: Problem) -> list[tuple[str, str]]:
         ("questions", f"{questions} of each task, once for each run, after training"),
         (
             "training",
-            f"{length} of {size} sequences, {train['schedule']} schedule, mix "
-            f"{config['mix'].get('name')}, the same rows for all",
+            f"{length} of {size} sequences, {train['schedule']} schedule, mix {config['mix'].get('name')}, "
+            "the same rows for all",
         ),
         ("learning rate", _rates(trained, train)),
         ("budget", _budget(trained, config["budget"])),

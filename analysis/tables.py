@@ -201,9 +201,9 @@ def _notes(problem: Problem, finished: list[Entry], rows: list[dict], pairs: lis
         else "not tested against it"
     )
     notes = [
-        f"Accuracy in %; ±: half the {100 * LEVEL:.0f} % interval over n seeds; IQM: interquartile "
-        "mean over tasks and seeds with its "
-        f"bootstrap interval; gain: points over the frozen base. Bold: highest; underlined: {tested}."
+        f"Accuracy in %; ±: half the {100 * LEVEL:.0f} % interval over n seeds; IQM: interquartile mean over "
+        "tasks and seeds with its bootstrap interval; gain: points over the frozen base. Bold: highest; "
+        f"underlined: {tested}."
     ]
     unequal = [
         row["method"]

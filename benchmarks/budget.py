@@ -321,11 +321,9 @@ def _sizes(cfg: RunConfig, skeleton: Skeleton, target: float) -> Solution:
         can = " or ".join(f"{count:,} ({sizes})" for count, _, sizes in tried)
         rest = predicted(0.0) - sum(slope * total(d.at(0.0)) for d, slope in zip(found, slopes, strict=True))
         raise ConfigError(
-            f"budget.size={cfg.budget.size}: {method.name} cannot have {target:,.0f} trainable "
-            "parameters within "
-            f"{cfg.budget.tolerance:.0%}; it can have {can}, of which {rest:,.0f} lie outside of "
-            "experts. Expected another budget, or "
-            "another number of experts."
+            f"budget.size={cfg.budget.size}: {method.name} cannot have {target:,.0f} trainable parameters "
+            f"within {cfg.budget.tolerance:.0%}; it can have {can}, of which {rest:,.0f} lie outside of "
+            "experts. Expected another budget, or another number of experts."
         )
     return solution(best[1], best[0], best[2])
 

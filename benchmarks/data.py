@@ -260,9 +260,8 @@ def _hub(task: tasks.Task, _: str, split: str, data: Any, limit: int | None) -> 
     revision = (getattr(data, "revisions", None) or {}).get(task.name) or hub["revision"]
     if revision is None:
         raise ConfigError(
-            f"task {task.name} with data.source=hub: no commit of {hub['path']} is known to us that "
-            "could be pinned. "
-            f"Name one: data.revisions.{task.name}=<commit, branch or refs/convert/parquet>."
+            f"task {task.name} with data.source=hub: no commit of {hub['path']} is known to us that could be "
+            f"pinned. Name one: data.revisions.{task.name}=<commit, branch or refs/convert/parquet>."
         )
     try:
         rows = datasets.load_dataset(hub["path"], hub.get("name"), split=theirs[split], revision=revision)
@@ -270,9 +269,8 @@ def _hub(task: tasks.Task, _: str, split: str, data: Any, limit: int | None) -> 
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"task {task.name} with data.source=hub: {hub['path']} at revision {revision[:12]}, split "
-            f"{split}, could not "
-            f"be loaded ({type(error).__name__}: {first}). Needs a network or a filled cache; "
-            "data.source=builtin needs neither."
+            f"{split}, could not be loaded ({type(error).__name__}: {first}). Needs a network or a filled "
+            "cache; data.source=builtin needs neither."
         ) from error
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))

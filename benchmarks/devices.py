@@ -44,8 +44,8 @@ def take_gpu() -> None:
         )  # so that the next run of this process does not go on with another GPU
         os.close(_HELD.pop())
         raise RunError(
-            f"CUDA was in use before this run chose GPU {chosen}; expected "
-            f"CUDA_VISIBLE_DEVICES={chosen} from the outside."
+            f"CUDA was in use before this run chose GPU {chosen}; expected CUDA_VISIBLE_DEVICES={chosen} "
+            "from the outside."
         )
 
 

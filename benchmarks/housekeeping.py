@@ -99,8 +99,8 @@ def find(text: str, runs_dir: str | Path) -> Path:
         return there.get(text, found[0])
     if found:
         raise ConfigError(
-            f"run {text!r}: {len(found)} runs begin so, "
-            f"{', '.join(sorted(p.name for p in found)[:5])}; expected one."
+            f"run {text!r}: {len(found)} runs begin so, {', '.join(sorted(p.name for p in found)[:5])}; "
+            "expected one."
         )
     raise ConfigError(f"run {text!r}: no such run in {runs_dir}.{nearest(text, there)}")
 

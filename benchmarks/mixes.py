@@ -149,15 +149,13 @@ def _parts(mix: MixConfig, eval_tasks: Sequence[str], data: Any) -> tuple[dict[s
         else:
             raise ConfigError(
                 f"mix.parts.{task}: no train split with data.source={data.source}. Expected one of "
-                f"{_trainable(data)}, or "
-                f"mix.parts.{task}.optional=true."
+                f"{_trainable(data)}, or mix.parts.{task}.optional=true."
             )
     if mix.own and missing and not found and mix.file is None and mix.hub is None:
         raise ConfigError(
             f"mix={mix.name}: none of {', '.join(eval_tasks)} has a train split with "
-            f"data.source={data.source}. Expected another mix "
-            "(mix=math_mix, mix=commonsense_mix) or a part, mix.parts.<task>.weight=1, with one of "
-            f"{_trainable(data)}."
+            f"data.source={data.source}. Expected another mix (mix=math_mix, mix=commonsense_mix) or a part, "
+            f"mix.parts.<task>.weight=1, with one of {_trainable(data)}."
         )
     return found, missing
 
@@ -287,9 +285,9 @@ def _from_hub(mix: MixConfig) -> tuple[list[Row], dict[str, Any]]:
     except Exception as error:  # offline, gone, unknown split: `datasets` raises a dozen types for these
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"mix.hub.path={hub.path!r} at revision {hub.revision[:12]}, split {hub.split}, could not "
-            "be loaded "
-            f"({type(error).__name__}: {first}). Needs a network or a filled cache; mix.file needs neither."
+            f"mix.hub.path={hub.path!r} at revision {hub.revision[:12]}, split {hub.split}, could not be "
+            f"loaded ({type(error).__name__}: {first}). Needs a network or a filled cache; mix.file needs "
+            "neither."
         ) from error
     rows = [
         _instruction(item, f"{hub.path}, {hub.split} row {i}", mix.name, i) for i, item in enumerate(found)

@@ -163,8 +163,7 @@ def _one_error(cfg: ModelConfig) -> Iterator[None]:
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )
         raise ConfigError(
-            f"model={cfg.name}, model.path={cfg.path!r} (dtype={cfg.dtype}, "
-            f"attention={cfg.attention}) could not be loaded: "
-            f"{reason} Expected a hub id within reach (a network, or a filled cache and "
+            f"model={cfg.name}, model.path={cfg.path!r} (dtype={cfg.dtype}, attention={cfg.attention}) could "
+            f"not be loaded: {reason} Expected a hub id within reach (a network, or a filled cache and "
             "HF_HUB_OFFLINE=1) or what save_pretrained writes."
         ) from error

@@ -60,9 +60,8 @@ class MixtureTrainer(Trainer):
             for name, value in logs.items():
                 if name.startswith("loss/") and not math.isfinite(value):
                     raise ConfigError(
-                        f"{name}={value} at step {self.state.global_step}: expected a finite loss. "
-                        "The learning rate is "
-                        f"{self.args.learning_rate:g}, "
+                        f"{name}={value} at step {self.state.global_step}: expected a finite loss. The "
+                        f"learning rate is {self.args.learning_rate:g}, "
                         f"train.max_grad_norm={self.args.max_grad_norm:g}; try a smaller rate."
                     )
         super().log(logs)

@@ -180,8 +180,8 @@ def _arguments(model, cfg: RunConfig, steps: int, folder: Path) -> TrainingArgum
     )
     if (args.device.type, args.device.index or 0) != (device.type, device.index or 0):
         raise ConfigError(
-            f"device={device}: the Trainer takes {args.device}; expected "
-            f"CUDA_VISIBLE_DEVICES={device.index} and device=cuda."
+            f"device={device}: the Trainer takes {args.device}; expected CUDA_VISIBLE_DEVICES={device.index} "
+            "and device=cuda."
         )
     args._n_gpu = min(1, args.n_gpu)  # one GPU a process: the Trainer would wrap the model in DataParallel
     return args

@@ -73,8 +73,8 @@ def triton_for(x: Tensor) -> bool:
         autocast = " under autocast" if autocasting(x) else ""
         raise RuntimeError(
             f"backend='triton': cannot run on {x.device.type} in "
-            f"{str(x.dtype).removeprefix('torch.')}{autocast}; expected a CUDA device "
-            "(or TRITON_INTERPRET=1) and a model in float32, bfloat16 or float16. Other models take "
+            f"{str(x.dtype).removeprefix('torch.')}{autocast}; expected a CUDA device (or "
+            "TRITON_INTERPRET=1) and a model in float32, bfloat16 or float16. Other models take "
             "backend=torch or auto."
         )
     return True

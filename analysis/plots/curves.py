@@ -42,8 +42,7 @@ def load(problem: Problem) -> list[Plot]:
     return _curves(
         problem, problem.study.history, LOAD, "load", "Load and router entropy over training",
         "Mean over sites, of the tokens trained on since the last logged step. Router entropy: 1 is "
-            "undecided, 0 sure of one expert; "
-        f"gates that do not sum to one are normalised. {BAND}",
+            f"undecided, 0 sure of one expert; gates that do not sum to one are normalised. {BAND}",
     )  # fmt: skip
 
 
@@ -57,9 +56,8 @@ def collapse(problem: Problem) -> list[Plot]:
     ).reset_index()
     return _curves(
         problem, wide, COLLAPSE, "collapse", "Collapse over training",
-        "Mean over probed sites, on the same tokens for every entry and seed. High CKA, cosine and "
-            "overlap: experts are alike. "
-        f"Definitions: README of the analysis. {BAND}",
+        "Mean over probed sites, on the same tokens for every entry and seed. High CKA, cosine and overlap: "
+            f"experts are alike. Definitions: README of the analysis. {BAND}",
     )  # fmt: skip
 
 

@@ -130,9 +130,8 @@ def _coactivation(entry: Entry, rows: pd.DataFrame, seed: int) -> Plot:
         figure.supxlabel("share that also use expert", fontsize=9)
         figure.colorbar(image, ax=axes, shrink=0.8)
     caption = (
-        f"{entry.label}, seed {seed}, first, middle and last site: of the tokens that use the row's "
-        "expert, the share that use the "
-        f"column's too. An empty row is an expert that got no token. {EVALUATED}"
+        f"{entry.label}, seed {seed}, first, middle and last site: of the tokens that use the row's expert, "
+        f"the share that use the column's too. An empty row is an expert that got no token. {EVALUATED}"
     )
     return Plot(f"coactivation-{file_name(entry.label)}", f"Co-activation: {entry.label}", caption, figure)
 
@@ -160,9 +159,9 @@ def _specialisation(entry: Entry, rows: pd.DataFrame, seed: int) -> list[Plot]:
         axes[0].set_ylabel("expert")
         figure.colorbar(image, ax=axes, shrink=0.8, extend="max").set_label("share / expert's mean share")
     caption = (
-        f"{entry.label}, seed {seed}, at the site where the experts' loads differ most between "
-        "columns (chosen for it: a look at the "
-        f"extreme). 1: the expert gets as much of these tokens as of all; 2: twice as much. {EVALUATED}"
+        f"{entry.label}, seed {seed}, at the site where the experts' loads differ most between columns "
+        "(chosen for it: a look at the extreme). 1: the expert gets as much of these tokens as of all; 2: "
+        f"twice as much. {EVALUATED}"
     )
     return [
         Plot(f"specialisation-{file_name(entry.label)}", f"Specialisation: {entry.label}", caption, figure)

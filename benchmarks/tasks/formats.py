@@ -148,17 +148,15 @@ TEMPLATES = {
     # Its finetune.py has one more blank after "request." and a line of 16 blanks before "### Response:";
     # training and evaluation are the same text here.
     "llm_adapters": (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request. \n\n"
-        "                ### Instruction:\n                {}\n\n                ### Response:\n     "
-        "           "
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request. \n\n                ### Instruction:\n                {}\n\n                ### "
+        "Response:\n                "
     ),
     # The code of MoA (DCDmllm/MoA @ d1a17ed, data/dataset.py) has the layout of Alpaca, and the response
     # follows the colon.
     "alpaca": (
-        "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n"
-        "### Instruction:\n{}\n\n### Response:"
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\n{}\n\n### Response:"
     ),
 }
 

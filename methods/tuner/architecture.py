@@ -115,9 +115,8 @@ class DecoderLayer:
             sought = {r: "|".join(PEFT_NAMES[r]) for r in missing}
             there = ", ".join(n for n, m in self.module.named_modules() if n and not list(m.children()))
             raise ConfigError(
-                f"no place for {', '.join(missing)} in decoder layer '{self.name}': sought linears "
-                f"named {sought} in "
-                f"{'|'.join(ATTENTION)} or {'|'.join(FEED_FORWARD)}; the layer has: {there}."
+                f"no place for {', '.join(missing)} in decoder layer '{self.name}': sought linears named "
+                f"{sought} in {'|'.join(ATTENTION)} or {'|'.join(FEED_FORWARD)}; the layer has: {there}."
             )
 
 
@@ -143,10 +142,9 @@ def keep_layout(model: nn.Module) -> None:
             continue
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ConfigError(
-                f"{name}: bitsandbytes has repacked this 4-bit layer for this CPU in an evaluation "
-                "pass, and so it cannot be trained or "
-                "saved exactly; expected a base that is fresh from loading. Load it again, and "
-                "attach before the first pass."
+                f"{name}: bitsandbytes has repacked this 4-bit layer for this CPU in an evaluation pass, and "
+                "so it cannot be trained or saved exactly; expected a base that is fresh from loading. Load "
+                "it again, and attach before the first pass."
             )
         module.support_avx512bf16_for_cpu = False
 
@@ -170,9 +168,8 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
             }
         )
         raise ConfigError(
-            f"{type(model).__name__} has no decoder layer that a mixture can attach to: sought "
-            "modules with a child "
-            f"{'|'.join(ATTENTION)} that has {'|'.join(PEFT_NAMES['q'])}; the model's innermost "
+            f"{type(model).__name__} has no decoder layer that a mixture can attach to: sought modules with "
+            f"a child {'|'.join(ATTENTION)} that has {'|'.join(PEFT_NAMES['q'])}; the model's innermost "
             f"modules are {', '.join(kinds[:40])}."
         )
     return layers

@@ -380,30 +380,26 @@ INSTRUCTIONS = {  # as LLM-Adapters' test files write them
     ),
     "piqa": (
         {"question": "Cut it", "choices": ["a knife", "a spoon"], "label": 0},
-        "Please choose the correct solution to the question: Cut it\n\nSolution1: a "
-        "knife\n\nSolution2: a spoon\n\n"
-        "Answer format: solution1/solution2",
+        "Please choose the correct solution to the question: Cut it\n\nSolution1: a knife\n\nSolution2: a "
+        "spoon\n\nAnswer format: solution1/solution2",
         "the correct answer is solution1",
     ),
     "siqa": (
         {"context": "Ann left.", "question": "Why?", "choices": ["tired", "sad", "late"], "label": 2},
-        "Please choose the correct answer to the question: Ann left. Why?\n\nAnswer1: tired Answer2: "
-        "sad Answer3: late\n\n"
-        "Answer format: answer1/answer2/answer3",
+        "Please choose the correct answer to the question: Ann left. Why?\n\nAnswer1: tired Answer2: sad "
+        "Answer3: late\n\nAnswer format: answer1/answer2/answer3",
         "the correct answer is answer3",
     ),
     "hellaswag": (
         {"question": "Cooking: He", "choices": ["stirs.", "eats."], "label": 1},
-        "Please choose the correct ending to complete the given sentence: Cooking: He\n\nEnding1: "
-        "stirs. Ending2: eats.\n\n"
-        "Answer format: ending1/ending2",
+        "Please choose the correct ending to complete the given sentence: Cooking: He\n\nEnding1: stirs. "
+        "Ending2: eats.\n\nAnswer format: ending1/ending2",
         "the correct answer is ending2",
     ),
     "winogrande": (
         {"question": "Ann saw Bo, so _ left.", "choices": ["Ann", "Bo"], "label": 1},
-        "Please choose the correct answer to fill in the blank to complete the given sentence: Ann "
-        "saw Bo, so _ left.\n\n"
-        "Option1: Ann Option2: Bo Answer format: option1/option2",
+        "Please choose the correct answer to fill in the blank to complete the given sentence: Ann saw Bo, "
+        "so _ left.\n\nOption1: Ann Option2: Bo Answer format: option1/option2",
         "the correct answer is option2",
     ),
     "arc_easy": (
