@@ -7,7 +7,7 @@ from pathlib import Path
 # This checkout's own code, and not its root, in which `kernels/` would be taken for a package of that name.
 sys.path[0] = str(Path(__file__).resolve().parent / "src")
 
-from moabench.benchmarks.cli import main  # noqa: E402
+from moabench.benchmarks.command.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

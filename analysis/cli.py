@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moabench.benchmarks.files import RunError, write_text
+from moabench.benchmarks.machine.files import RunError, write_text
 from moabench.methods.spec import ConfigError, nearest
 
 WHAT = ("table", "ablation", "published", "plots", "report", "push")
@@ -109,7 +109,7 @@ def _printing(parser: argparse.ArgumentParser) -> None:
 
 
 def _study(given: argparse.Namespace):
-    from .reading import load
+    from moabench.benchmarks.run.reading import load
 
     study = load(*given.runs)
     study = study.where(given.where) if given.where else study
@@ -160,7 +160,7 @@ def _table(given: argparse.Namespace) -> None:
 
 
 def _commands(found: list) -> str:
-    from .commands import command
+    from moabench.benchmarks.config.command import command
 
     lines = []
     for problem in found:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moabench.benchmarks.config import NOT_IN_HASH
+from moabench.benchmarks.config.run import NOT_IN_HASH
+from moabench.benchmarks.run.reading import Study, flat
 from moabench.methods.spec import ConfigError, nearest
 
-from .reading import Study, flat
 from .statistics import LEVEL, POWER, Comparison, compare, holm
 
 PROBLEM = ("model", "task", "data", "protocol")

@@ -16,9 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from moabench.benchmarks.files import RunError, read_json, write_json
-
-from .reading import Study
+from moabench.benchmarks.machine.files import RunError, read_json, write_json
+from moabench.benchmarks.run.reading import Study
 
 MARKER = "pushed.json"
 

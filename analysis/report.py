@@ -24,14 +24,14 @@ import pandas as pd
 import yaml
 
 from moabench.benchmarks import tasks
+from moabench.benchmarks.config.command import command
+from moabench.benchmarks.run.reading import Study
 
 from . import plots
-from .commands import command
 from .comparing import Entry, Pair, Problem, problems
 from .plots import routing
 from .plots.style import short_site
 from .published import published
-from .reading import Study
 from .rendering import Table, plain_value
 from .statistics import LEVEL, POWER
 from .tables import comparisons, inventory, leaderboard

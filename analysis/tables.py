@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from moabench.benchmarks.run.reading import Study
+
 from .comparing import Entry, Pair, Problem, differences, plain
-from .reading import Study
 from .rendering import Column, Table
 from .statistics import LEVEL, POWER, Interval, iqm, stratified_bootstrap, t_interval
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from moabench.kernels import backend
+from . import backend
 
 FILES = sorted(p.stem for p in (Path(__file__).parent / "triton").glob("*.py") if p.stem != "common")
 SHARED = {80: 163 * 1024, 90: 227 * 1024}

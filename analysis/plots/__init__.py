@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from moabench.benchmarks.files import write
+from moabench.analysis.comparing import Problem
+from moabench.benchmarks.machine.files import write
 
-from ..comparing import Problem
 from . import curves, pareto, routing
 from .style import Plot, routed
 

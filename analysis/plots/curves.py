@@ -8,7 +8,8 @@ import math
 import matplotlib as mpl
 import pandas as pd
 
-from ..comparing import Problem
+from moabench.analysis.comparing import Problem
+
 from .style import STYLE, Plot, band, legend_below, log_ticks, numbers, panels, routed
 
 LOAD = {

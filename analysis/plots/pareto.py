@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
-from ..comparing import Entry, Problem
-from ..statistics import Interval, t_interval
+from moabench.analysis.comparing import Entry, Problem
+from moabench.analysis.statistics import Interval, t_interval
+
 from .style import STYLE, Plot, legend_below, log_ticks, look, numbers, panels
 
 COSTS = {

@@ -7,9 +7,9 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
+from moabench.analysis.comparing import Entry, Problem
 from moabench.methods.catalog import PLACES
 
-from ..comparing import Entry, Problem
 from .style import STYLE, Plot, file_name, first_run, heat, panels, routed, short_site
 
 EVALUATED = "On the evaluated questions, after training."

@@ -9,7 +9,9 @@ from typing import Any
 
 import datasets
 
-from moabench.benchmarks import data, tasks
+from moabench.benchmarks import tasks
+
+from . import rows as data
 
 
 def load(

@@ -22,7 +22,7 @@ from moabench.methods.spec import ConfigError, nearest
 
 from .corpus import documents
 from .facts import LIMITS, SPLITS, Axes, WorldConfig, build_world
-from .forms import writers
+from .writers import writers
 
 __all__ = [
     "LIMITS",

@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Iterator
 
 from .facts import Domain, Entity, World
-from .forms import shares
 from .text import KIND_FORMS, sentences
+from .writers import shares
 
 HELD_OUT = 25
 """One of this many paragraphs is kept out of the corpus, by its text."""

@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from moabench.benchmarks.world import WorldConfig, corpus, corpus_hash
+from . import WorldConfig, corpus, corpus_hash
 
 EOS, PAD = "<|eos|>", "<|pad|>"
 FORMATS = (Path(__file__).parent / "lexicon" / "formats.txt").read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moabench.benchmarks import files
-from moabench.benchmarks.config import digest
+from moabench.benchmarks.config.run import digest
+from moabench.benchmarks.machine import files
 
 CONFIG = {
     "method": {"name": "lora", "tuner": "peft", "experts": {"kind": "lora", "targets": ["q", "v"], "r": 16}},

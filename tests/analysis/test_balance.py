@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from moabench.analysis import balance
+from moabench.analysis.measures import balance
 
 E = 8
 UNIFORM = torch.full((E,), 1 / E, dtype=torch.float64)

@@ -4,8 +4,8 @@ import shlex
 
 import pytest
 
-from moabench.analysis.commands import _composed, command
-from moabench.benchmarks.config import RunConfig, run_hash
+from moabench.benchmarks.config.command import _composed, command
+from moabench.benchmarks.config.run import RunConfig, run_hash
 from moabench.methods import catalog
 
 

@@ -7,7 +7,7 @@ from synthetic import write_run
 from moabench.analysis import load
 from moabench.analysis.comparing import Pair, problems
 from moabench.analysis.statistics import Comparison, Interval
-from moabench.benchmarks import files
+from moabench.benchmarks.machine import files
 from moabench.methods.spec import ConfigError
 
 

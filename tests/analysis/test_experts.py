@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from moabench.analysis import experts
+from moabench.analysis.measures import experts
 
 N, D_IN, D_OUT = 200, 24, 20
 RANKS = (3, 5, 4)

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from moabench.analysis import optimisation as opt
+from moabench.analysis.measures import optimisation as opt
 
 GRADIENTS = torch.tensor([[1.0, 0, 0], [-1, 1, 0], [0, 0, 0], [0, 3, 4]])
 

@@ -10,7 +10,7 @@ from moabench.analysis import load
 from moabench.analysis.comparing import problems
 from moabench.analysis.plots import curves, figures, pareto, routing, save
 from moabench.analysis.plots.tokens import token_usage
-from moabench.benchmarks import files
+from moabench.benchmarks.machine import files
 from moabench.methods.spec import ConfigError
 
 

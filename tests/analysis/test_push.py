@@ -7,7 +7,7 @@ from synthetic import write_run
 
 from moabench.analysis import load
 from moabench.analysis.push import MARKER, NotLoggedIn, pending, push, wandb_sync
-from moabench.benchmarks.files import RunError, read_json
+from moabench.benchmarks.machine.files import RunError, read_json
 
 
 def offline(run, stamp="20260101_000000"):

@@ -8,8 +8,8 @@ import pytest
 from synthetic import CONFIG, write_run
 
 from moabench.analysis import load
-from moabench.analysis.reading import flat
-from moabench.benchmarks import files
+from moabench.benchmarks.machine import files
+from moabench.benchmarks.run.reading import flat
 from moabench.methods.spec import ConfigError
 
 

@@ -12,7 +12,7 @@ from moabench.analysis import load
 from moabench.analysis.cli import main
 from moabench.analysis.comparing import problems
 from moabench.analysis.report import protocol, report, summary
-from moabench.benchmarks import files
+from moabench.benchmarks.machine import files
 
 
 @pytest.fixture(scope="module")

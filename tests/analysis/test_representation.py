@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from moabench.analysis import representation as rep
+from moabench.analysis.measures import representation as rep
 
 T, D, K = 300, 12, 4
 

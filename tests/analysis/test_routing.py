@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from moabench.analysis import routing
-from moabench.analysis.balance import entropy
+from moabench.analysis.measures import routing
+from moabench.analysis.measures.balance import entropy
 
 E = 8
 SKEWED = torch.tensor([1.0, 2, 3, 4, 0, 0, 0, 0]).double() / 10

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from moabench.analysis import specialisation as spec
+from moabench.analysis.measures import specialisation as spec
 
 E, C = 8, 4
 

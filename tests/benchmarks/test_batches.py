@@ -12,10 +12,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from moabench.benchmarks import batches, tasks
-from moabench.benchmarks.batches import Example
-from moabench.benchmarks.config import DataConfig
-from moabench.benchmarks.data import load_rows
+from moabench.benchmarks import tasks
+from moabench.benchmarks.config.run import DataConfig
+from moabench.benchmarks.data import batches
+from moabench.benchmarks.data.batches import Example
+from moabench.benchmarks.tasks.rows import load_rows
 
 TEXT = [
     "Below is an instruction that describes a task. Write a response. \n\n                ### "

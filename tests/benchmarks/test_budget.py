@@ -12,11 +12,11 @@ from test_config import composed
 from torch import nn
 
 from moabench import methods
-from moabench.benchmarks import budget
-from moabench.benchmarks.budget import BudgetConfig, Goal
-from moabench.benchmarks.config import run_hash
-from moabench.benchmarks.experiment import run
-from moabench.benchmarks.model import load_model
+from moabench.benchmarks.bases.loading import load_model
+from moabench.benchmarks.config.run import run_hash
+from moabench.benchmarks.fairness import budget
+from moabench.benchmarks.fairness.budget import BudgetConfig, Goal
+from moabench.benchmarks.run.run import run
 from moabench.methods import catalog
 from moabench.methods.spec import ConfigError
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from moabench.benchmarks import batches, cache
+from moabench.benchmarks.data import batches, cache
 
 PAIRS = [
     (f"Question: what is {i}?\nAnswer:" + "\n" * (i % 3), f" the number {i * i}") for i in range(cache.FEWEST)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from moabench.benchmarks import cli, overrides, tasks
-from moabench.benchmarks.config import CONF, RunConfig, groups
-from moabench.benchmarks.runs import find
+from moabench.benchmarks import tasks
+from moabench.benchmarks.command import cli
+from moabench.benchmarks.config import overrides
+from moabench.benchmarks.config.run import CONF, RunConfig, groups
+from moabench.benchmarks.run.folder import find
 from moabench.methods.spec import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -8,8 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moabench.benchmarks import config, tasks
-from moabench.benchmarks.config import CONF, RunConfig, TaskConfig, groups, run_hash
+from moabench.benchmarks import tasks
+from moabench.benchmarks.config import run as config
+from moabench.benchmarks.config.run import CONF, RunConfig, TaskConfig, groups, run_hash
 from moabench.methods.spec import ConfigError
 
 NEEDS = {("data", "local"): ["data.root=somewhere"]} | {
@@ -193,7 +194,7 @@ def test_two_kinds_with_equal_options_differ_in_hash():
 
 def test_config_survives_its_own_file(tmp_path):
     """What config.yaml holds builds the same run again."""
-    from moabench.benchmarks import files
+    from moabench.benchmarks.machine import files
 
     cfg = composed("method=mixlora", "train=paper")
     files.write_yaml(tmp_path / "config.yaml", cfg.to_dict())

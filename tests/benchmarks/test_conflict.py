@@ -16,7 +16,7 @@ import yaml
 from moabench.benchmarks import tasks, world
 from moabench.benchmarks.world import SPLITS, Axes, build_world, rows
 from moabench.benchmarks.world.facts import LEXICON
-from moabench.benchmarks.world.forms import conflict
+from moabench.benchmarks.world.writers import conflict
 
 TASKS = tasks.suites()["conflict"]
 DOMAINS = {

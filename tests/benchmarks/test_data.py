@@ -9,8 +9,9 @@ import json
 import datasets
 import pytest
 
-from moabench.benchmarks import data, tasks
-from moabench.benchmarks.config import DataConfig
+from moabench.benchmarks import tasks
+from moabench.benchmarks.config.run import DataConfig
+from moabench.benchmarks.tasks import rows as data
 from moabench.methods.spec import ConfigError
 
 ROW = {"id": "a", "question": "Why?", "choices": ["one", "two"], "label": 1}

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from moabench.benchmarks import devices
-from moabench.benchmarks.files import RunError
+from moabench.benchmarks.machine import devices
+from moabench.benchmarks.machine.files import RunError
 
 HOLD = """
 import sys

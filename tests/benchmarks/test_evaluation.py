@@ -13,10 +13,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from moabench.benchmarks import batches, files, scoring, tasks
-from moabench.benchmarks.config import DataConfig
-from moabench.benchmarks.data import load_rows
-from moabench.benchmarks.evaluation import MaskedLM, evaluate, load_tasks
+from moabench.benchmarks import tasks
+from moabench.benchmarks.config.run import DataConfig
+from moabench.benchmarks.data import batches
+from moabench.benchmarks.evaluation import scoring
+from moabench.benchmarks.evaluation.evaluate import MaskedLM, evaluate, load_tasks
+from moabench.benchmarks.machine import files
+from moabench.benchmarks.tasks.rows import load_rows
 from moabench.methods import capture_routing, catalog
 from moabench.methods.spec import ConfigError
 
@@ -426,7 +429,7 @@ class Answers(MaskedLM):
 
 
 def test_generated_answers_are_read_twice(llama, tokenizer, config, monkeypatch):
-    monkeypatch.setattr("moabench.benchmarks.evaluation.MaskedLM", Answers)
+    monkeypatch.setattr("moabench.benchmarks.evaluation.evaluate.MaskedLM", Answers)
     cfg = config()
     object.__setattr__(cfg, "protocol", "generate")
     samples = evaluate(llama, tokenizer, ("arc_easy",), cfg, progress=False).samples

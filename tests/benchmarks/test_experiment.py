@@ -12,11 +12,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moabench.benchmarks import evaluation, experiment, scoring, trainer, training
-from moabench.benchmarks.config import CONF, RunConfig, run_hash
-from moabench.benchmarks.environment import inputs
-from moabench.benchmarks.files import RunError, StorageError, read_json
-from moabench.benchmarks.runs import find
+from moabench.benchmarks.config.run import CONF, RunConfig, run_hash
+from moabench.benchmarks.evaluation import evaluate as evaluation
+from moabench.benchmarks.evaluation import scoring
+from moabench.benchmarks.machine.environment import inputs
+from moabench.benchmarks.machine.files import RunError, StorageError, read_json
+from moabench.benchmarks.run import run as experiment
+from moabench.benchmarks.run.folder import find
+from moabench.benchmarks.training import train as training
+from moabench.benchmarks.training import trainer
 from moabench.methods.spec import ConfigError
 
 SMALL = (
@@ -550,7 +554,7 @@ def test_bad_input_found_late_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["lora", "molora"])
 def test_a_trained_adapter_loads_on_its_base_only(tmp_path, method):
-    from moabench.benchmarks.model import load_model
+    from moabench.benchmarks.bases.loading import load_model
 
     cfg = config(tmp_path, f"method={method}", "train.lr=0.1")
     folder = experiment.run(cfg).folder / "adapter"

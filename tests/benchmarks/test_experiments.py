@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from test_cli import moabench
 from test_config import composed
 
-from moabench.benchmarks import cli
-from moabench.benchmarks.config import CONF, ExperimentConfig, RunConfig, groups, run_hash
-from moabench.benchmarks.files import read_json
-from moabench.benchmarks.runs import find
+from moabench.benchmarks.command import cli
+from moabench.benchmarks.config.run import CONF, ExperimentConfig, RunConfig, groups, run_hash
+from moabench.benchmarks.machine.files import read_json
+from moabench.benchmarks.run.folder import find
 from moabench.methods.spec import ConfigError
 
 EXPERIMENTS = groups()["experiment"]

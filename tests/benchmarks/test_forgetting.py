@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moabench.benchmarks import forgetting, world
-from moabench.benchmarks.forgetting import change, held_out_texts, text_loss, windows
+from moabench.benchmarks import world
+from moabench.benchmarks.evaluation import forgetting
+from moabench.benchmarks.evaluation.forgetting import change, held_out_texts, text_loss, windows
 from moabench.methods.spec import ConfigError
 
 WORDS = [

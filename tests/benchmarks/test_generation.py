@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from moabench import methods
-from moabench.benchmarks import batches, generation, scoring
-from moabench.benchmarks.batches import Example
-from moabench.benchmarks.generation import generate
+from moabench.benchmarks.data import batches
+from moabench.benchmarks.data.batches import Example
+from moabench.benchmarks.evaluation import generation, scoring
+from moabench.benchmarks.evaluation.generation import generate
 from moabench.methods import catalog
 from moabench.methods.spec import ConfigError
 

@@ -10,8 +10,11 @@ import pytest
 import yaml
 from test_config import composed
 
-from moabench.benchmarks import cli, experiment, files, housekeeping
-from moabench.benchmarks.config import RunConfig, groups, run_hash
+from moabench.benchmarks.command import cli
+from moabench.benchmarks.command import runs as housekeeping
+from moabench.benchmarks.config.run import RunConfig, groups, run_hash
+from moabench.benchmarks.machine import files
+from moabench.benchmarks.run import run as experiment
 from moabench.methods.spec import ConfigError, build
 
 SMALL = [

@@ -19,9 +19,9 @@ import pandas as pd
 import yaml
 from test_cli import REPOSITORY
 
-from moabench.benchmarks.files import read_json
-from moabench.benchmarks.housekeeping import unequal
-from moabench.benchmarks.runs import find
+from moabench.benchmarks.command.runs import unequal
+from moabench.benchmarks.machine.files import read_json
+from moabench.benchmarks.run.folder import find
 
 KILLS = int(os.environ.get("MOABENCH_KILLS", 4))
 COMMON = [

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from test_cli import moabench
 
-from moabench.benchmarks import overrides
-from moabench.benchmarks.config import CONF
-from moabench.benchmarks.files import read_json
-from moabench.benchmarks.housekeeping import unequal
-from moabench.benchmarks.runs import find
+from moabench.benchmarks.command.runs import unequal
+from moabench.benchmarks.config import overrides
+from moabench.benchmarks.config.run import CONF
+from moabench.benchmarks.machine.files import read_json
+from moabench.benchmarks.run.folder import find
 from moabench.methods.spec import ConfigError
 
 SWEEP = [

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import pytest
 
-from moabench.benchmarks import leakage
+from moabench.benchmarks.fairness import leakage
 from moabench.methods.spec import ConfigError
 
 

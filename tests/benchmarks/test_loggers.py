@@ -13,8 +13,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moabench.benchmarks import files, loggers
-from moabench.benchmarks.config import CONF, RunConfig
+from moabench.benchmarks.config.run import CONF, RunConfig
+from moabench.benchmarks.machine import files
+from moabench.benchmarks.run import loggers
 
 
 def config(*overrides: str) -> RunConfig:

@@ -10,7 +10,7 @@ from test_cli import moabench
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moabench import methods
-from moabench.benchmarks import memory
+from moabench.benchmarks.command import memory
 from moabench.methods import catalog
 
 SMALL = LlamaConfig(

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from moabench.analysis import measures, optimisation, specialisation
-from moabench.analysis import routing as measure
-from moabench.benchmarks import readings
-from moabench.benchmarks.meter import Meter, fetch, sequence_counts
-from moabench.benchmarks.tally import Tally
+from moabench.analysis.measures import catalog as measures
+from moabench.analysis.measures import optimisation, specialisation
+from moabench.analysis.measures import routing as measure
+from moabench.benchmarks.observing import load_measures as readings
+from moabench.benchmarks.observing.load import Meter, fetch, sequence_counts
+from moabench.benchmarks.observing.training_log import Tally
 from moabench.methods import Routing
 
 

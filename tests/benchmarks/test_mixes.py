@@ -13,9 +13,9 @@ import datasets
 import pytest
 import yaml
 
-from moabench.benchmarks import mixes
-from moabench.benchmarks.config import CONF, DataConfig
-from moabench.benchmarks.mixes import MixConfig
+from moabench.benchmarks.config.run import CONF, DataConfig
+from moabench.benchmarks.data import mixes
+from moabench.benchmarks.data.mixes import MixConfig
 from moabench.methods.spec import ConfigError, build
 
 FILES = sorted((CONF / "mix").glob("*.yaml"))

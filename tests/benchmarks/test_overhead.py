@@ -2,7 +2,7 @@
 
 import pytest
 
-from moabench.benchmarks import overhead
+from moabench.benchmarks.speed import overhead
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

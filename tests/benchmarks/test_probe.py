@@ -12,14 +12,15 @@ import torch
 from test_training import METHODS, Stop, assert_equal, rows, trainable
 
 from moabench import methods
-from moabench.analysis import balance, experts, measures, representation
-from moabench.analysis import routing as measure
-from moabench.benchmarks import batches
-from moabench.benchmarks.config import ProbeConfig
-from moabench.benchmarks.files import read_json
-from moabench.benchmarks.probe import Probe, first_tokens, spread
-from moabench.benchmarks.probe_set import probe_set
-from moabench.benchmarks.training import train
+from moabench.analysis.measures import balance, experts, representation
+from moabench.analysis.measures import catalog as measures
+from moabench.analysis.measures import routing as measure
+from moabench.benchmarks.config.run import ProbeConfig
+from moabench.benchmarks.data import batches
+from moabench.benchmarks.machine.files import read_json
+from moabench.benchmarks.observing.probe import Probe, first_tokens, spread
+from moabench.benchmarks.observing.probe_tokens import probe_set
+from moabench.benchmarks.training.train import train
 from moabench.methods import catalog
 from moabench.methods.spec import ConfigError
 
@@ -293,7 +294,8 @@ def test_a_resumed_run_has_the_probes_of_an_uninterrupted_one(
 
 def test_probing_takes_no_training_time(small, llama, attached, tokenizer, tmp_path, monkeypatch):
     """By a clock that jumps a thousand seconds at each probe."""
-    from moabench.benchmarks import tally, training
+    from moabench.benchmarks.observing import training_log as tally
+    from moabench.benchmarks.training import train as training
 
     now = [0.0]
     for module in (tally, training):

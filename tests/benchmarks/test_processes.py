@@ -16,10 +16,10 @@ import torch
 from test_cli import REPOSITORY, moabench
 from test_config import composed
 
-from moabench.benchmarks import processes
-from moabench.benchmarks.files import read_json
-from moabench.benchmarks.housekeeping import unequal
-from moabench.benchmarks.runs import find
+from moabench.benchmarks.command.runs import unequal
+from moabench.benchmarks.machine import processes
+from moabench.benchmarks.machine.files import read_json
+from moabench.benchmarks.run.folder import find
 from moabench.methods.spec import ConfigError
 
 SMALL = [

@@ -12,9 +12,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from moabench.benchmarks import files, runs
-from moabench.benchmarks.files import StorageError
-from moabench.benchmarks.runs import Busy, RunFolder
+from moabench.benchmarks.machine import files
+from moabench.benchmarks.machine.files import StorageError
+from moabench.benchmarks.run import folder as runs
+from moabench.benchmarks.run.folder import Busy, RunFolder
 from moabench.methods.spec import ConfigError
 
 

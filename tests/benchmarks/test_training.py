@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from moabench.benchmarks import batches, tasks, training
-from moabench.benchmarks.data import load_rows
-from moabench.benchmarks.evaluation import evaluate
-from moabench.benchmarks.trainer import MixtureTrainer, answer_nll
-from moabench.benchmarks.training import _arguments, encode_rows, train
+from moabench.benchmarks import tasks
+from moabench.benchmarks.data import batches
+from moabench.benchmarks.evaluation.evaluate import evaluate
+from moabench.benchmarks.tasks.rows import load_rows
+from moabench.benchmarks.training import train as training
+from moabench.benchmarks.training.train import _arguments, encode_rows, train
+from moabench.benchmarks.training.trainer import MixtureTrainer, answer_nll
 from moabench.methods import record
 from moabench.methods.spec import ConfigError
 

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import pytest
 from test_config import composed
 
-from moabench.benchmarks import data, experiment, housekeeping, tuning
-from moabench.benchmarks.data import is_held_out, load_rows, reported_rows
-from moabench.benchmarks.files import RunError, read_json
+from moabench.benchmarks.command import runs as housekeeping
+from moabench.benchmarks.fairness import tuning
+from moabench.benchmarks.machine.files import RunError, read_json
+from moabench.benchmarks.run import run as experiment
+from moabench.benchmarks.tasks import rows as data
+from moabench.benchmarks.tasks.rows import is_held_out, load_rows, reported_rows
 from moabench.methods.spec import ConfigError
 
 SMALL = [

@@ -19,7 +19,7 @@ import yaml
 from moabench.benchmarks import world
 from moabench.benchmarks.world import LIMITS, SPLITS, Axes, WorldConfig, rows
 from moabench.benchmarks.world.facts import LEXICON, build_world
-from moabench.benchmarks.world.forms import arithmetic
+from moabench.benchmarks.world.writers import arithmetic
 from moabench.methods.spec import ConfigError
 
 TASKS = ("addsub", "singleeq", "multiarith", "svamp", "mawps", "gsm8k", "aqua", "mathqa")

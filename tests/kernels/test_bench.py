@@ -15,9 +15,10 @@ import torch
 from compare import assert_near
 from torch.nn import functional as F
 
-from moabench.kernels.bench import __main__ as command
-from moabench.kernels.bench import forms, goals, levels, mixture, whole
-from moabench.kernels.bench.measure import (
+from moabench.benchmarks.speed import __main__ as command
+from moabench.benchmarks.speed import goals, levels, mixture, whole
+from moabench.benchmarks.speed import published_forms as forms
+from moabench.benchmarks.speed.measure import (
     Counted,
     Options,
     Report,

@@ -11,7 +11,8 @@ import torch
 from compare import assert_near, relative_rms
 from torch.utils.checkpoint import checkpoint
 
-from moabench.kernels import backend, grouped, lowrank, tune
+from moabench.benchmarks.speed import sorting as tune
+from moabench.kernels import backend, grouped, lowrank
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = pytest.param(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import GIVEN, METHODS, answer_only, assert_near, attached, base, batch, losses, trainable
 
-from moabench.kernels.bench.measure import Counted, saved_storages
-from moabench.kernels.bench.whole import linear_inputs
+from moabench.benchmarks.speed.measure import Counted, saved_storages
+from moabench.benchmarks.speed.whole import linear_inputs
 from moabench.methods.bank import LinearExperts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -1,0 +1,423 @@
+"""`budget=`: the same cost for every method of a study, since a comparison at unequal budgets is none.
+
+    budget=lora_r16            as many trainable parameters as LoRA of rank 16 (or any method:
+                               budget=moa_soft, budget=molora_r4)
+    budget=0.5%  budget=2M     a share of the base's parameters; a number (k, M, B)
+    budget=lora_r16 budget.match=flops      as many FLOPs in training as LoRA of rank 16 spends in
+                                            `train.steps`
+    budget=lora_r16 budget.match=time       as many seconds
+
+match=params scales the sizes of the experts (rank, bottleneck width, prompt length) in the proportions of the
+method's file until all trainable parameters, routers and gates included, are as many as the budget's. `alpha`
+follows the rank, so that the factor of an expert's update stays (but with rslora, whose point is another
+factor). Where a whole step of the sizes is too coarse, some layers, evenly spread, take it and others do not;
+within a layer the experts stay alike. Numbers of experts never change. match=flops and match=time leave the
+sizes alone and change how long is trained.
+
+Imports torch only to solve; solutions are kept in `<runs_dir>/.budget`, so that a finished run is found
+without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moabench.benchmarks.machine import files
+from moabench.methods import catalog
+from moabench.methods.bank import Experts
+from moabench.methods.catalog import Method
+from moabench.methods.spec import ConfigError, Positive, nearest
+
+if TYPE_CHECKING:
+    from moabench.benchmarks.config.run import RunConfig
+
+Size = int | tuple[int, ...]
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """What every method of a study may cost."""
+
+    size: str | int | float = "none"
+    """none; `<method>` or `<method>_r<rank>`; `<x>%` of the base's parameters; or a number of parameters with
+    k, M or B."""
+    match: Literal["params", "flops", "time"] = "params"
+    """Trainable parameters; or FLOPs or seconds of training."""
+    tolerance: Positive = 0.02
+    """How far the parameters may be from the budget's, as a share of it."""
+    reference_length: Positive | None = None
+    """Steps or epochs of the reference, with match=flops and time; filled in when the length of training is
+    solved for."""
+
+    def __post_init__(self) -> None:
+        goal = Goal.read(self.size)
+        if self.match != "params" and goal.kind not in ("none", "method"):
+            raise ConfigError(f"size={self.size!r}: expected a method, as lora_r16, with match={self.match}.")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A budget as written: a method as data, a share of the base, or a number of parameters."""
+
+    kind: Literal["none", "method", "share", "count"]
+    value: float = 0.0
+    method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, size: Any) -> Goal:
+        """Raises ConfigError."""
+        text = str(size).strip()
+        if text == "none":
+            return cls("none")
+        if found := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
+            if 0 < float(found[1]) <= 100:
+                return cls("share", float(found[1]) / 100)
+        elif found := re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text, re.IGNORECASE):
+            if (count := float(found[1]) * UNITS[found[2].lower()]) >= 1:
+                return cls("count", count)
+        elif (found := re.fullmatch(r"([a-z]\w*?)(?:_r([1-9]\d*))?", text)) and found[1] in sized():
+            return cls("method", method=_of_rank(catalog.raw(found[1]), found[2] and int(found[2])))
+        expected = (
+            "none, a method (lora_r16, moa_soft), a share of the base (0.5%) or a number of parameters (2M)"
+        )
+        near = nearest(text, ["none", *(name + rank for name in sized() for rank in ("", "_r16"))])
+        raise ConfigError(f"size={size!r}: expected {expected}.{near if 'mean' in near else ''}")
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The size of the experts of one bank: an option, where it stands in the method's data, its value
+    there."""
+
+    keys: tuple[str, ...]
+    bank: Experts
+    label: str
+
+    @property
+    def size(self) -> Size:
+        return getattr(self.bank, self.bank.size)
+
+    def at(self, scale: float) -> Size:
+        """The size times `scale`, rounded down, at least 1."""
+        return (
+            tuple(_down(part * scale) for part in self.size)
+            if isinstance(self.size, tuple)
+            else _down(self.size * scale)
+        )
+
+    def next(self, scale: float) -> float:
+        """The least scale above `scale` at which the size is larger."""
+        parts = self.size if isinstance(self.size, tuple) else (self.size,)
+        return min(max(2, int(part * scale + 1e-9) + 1) / part for part in parts)
+
+    def changes(self, size: Size) -> dict[str, Any]:
+        """What to override in the method's data."""
+        options: dict[str, Any] = {self.bank.size: list(size) if isinstance(size, tuple) else size}
+        if hasattr(self.bank, "alpha") and not self.bank.rslora:
+            options["alpha"] = self.bank.alpha * total(size) / total(self.size)
+        for key in reversed(self.keys):
+            options = {key: options}
+        return options
+
+
+@functools.cache
+def sized() -> list[str]:
+    """The shipped methods that have a size."""
+    return [name for name in catalog.names() if dials(catalog.parse(catalog.raw(name)))]
+
+
+def _down(value: float) -> int:
+    return max(1, int(value + 1e-9))
+
+
+def total(size: Size) -> int:
+    return sum(size) if isinstance(size, tuple) else size
+
+
+def dials(method: Method) -> list[Dial]:
+    """The sizes that a budget may change."""
+    found = []
+    for mixture in method.mixtures:
+        head = ("experts",) if mixture.name == "main" else ("also", mixture.name, "experts")
+        alone = "kind" in _at(method.data, head)
+        for name, bank in mixture.banks.items():
+            found.append(Dial(head if alone else (*head, name), bank, f"{name} {bank.size}"))
+    return found
+
+
+def _at(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any]:
+    for key in keys:
+        data = data.get(key) or {}
+    return data
+
+
+def _of_rank(data: dict[str, Any], rank: int | None) -> dict[str, Any]:
+    """`data` with all sizes scaled as the first one, a rank, goes to `rank`."""
+    found = dials(catalog.parse(data))
+    return data if rank is None else _scaled(data, {d: d.at(rank / found[0].size) for d in found})
+
+
+def _scaled(data: Mapping[str, Any], sizes: Mapping[Dial, Size]) -> dict[str, Any]:
+    for dial, size in sizes.items():
+        data = catalog.override(data, dial.changes(size))
+    return dict(data)
+
+
+# ---- solving
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a method gets. target, reached: parameters (match=params), or FLOPs or seconds of training;
+    `words` says it."""
+
+    method: dict[str, Any]
+    length: float
+    """Factor on the length of training."""
+    target: float
+    reached: float
+    words: str
+
+
+def apply(cfg: RunConfig) -> tuple[RunConfig, Solution | None]:
+    """The config with what its budget gives its method; None without a budget, and for methods that no budget
+    sizes (full, none).
+
+    A config that meets its budget already is left as it is, so one that was solved stays. Raises ConfigError
+    where the budget cannot be met.
+    """
+    if (
+        cfg.budget.size == "none"
+        or cfg.parsed_method.tuner in ("full", "none")
+        or cfg.budget.reference_length is not None
+    ):
+        return cfg, None
+    from moabench.benchmarks.config.run import digest
+    from moabench.benchmarks.machine import environment
+
+    question = {
+        "method": cfg.method,
+        "model": dataclasses.asdict(cfg.model),
+        "weights": environment.model_fingerprint(cfg.model),
+        "budget": dataclasses.asdict(cfg.budget),
+        "versions": environment.versions(("moabench", "torch", "transformers", "peft")),
+        "batch": cfg.train.batch_size,
+        "device": cfg.device if cfg.budget.match == "time" else None,
+        "threads": cfg.threads if cfg.budget.match == "time" else None,
+    }
+    file = (
+        Path(cfg.runs_dir).expanduser() / ".budget" / f"{cfg.parsed_method.name}-{digest(question)[:16]}.json"
+    )
+    known = files.read_json(file)
+    if known is None:
+        solution = solve(cfg)
+        files.write_json(file, dataclasses.asdict(solution))
+    else:
+        solution = Solution(**known)
+    return _with(cfg, solution), solution
+
+
+def _with(cfg: RunConfig, solution: Solution) -> RunConfig:
+    if cfg.budget.match == "params":
+        return dataclasses.replace(cfg, method=solution.method)
+    unit = "steps" if cfg.train.steps is not None else "epochs"
+    length = getattr(cfg.train, unit)
+    scaled = max(1, round(length * solution.length)) if unit == "steps" else length * solution.length
+    budget = dataclasses.replace(cfg.budget, reference_length=float(length))
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **{unit: scaled}), budget=budget)
+
+
+def solve(cfg: RunConfig) -> Solution:
+    """What the budget of `cfg` gives its method. Builds the base without weights. Raises ConfigError."""
+    goal = Goal.read(cfg.budget.size)
+    if cfg.budget.match != "params":
+        return _length(cfg, goal)
+    skeleton = Skeleton(cfg)
+    target = {
+        "count": lambda: goal.value,
+        "share": lambda: goal.value * skeleton.size,
+        "method": lambda: skeleton.count(goal.method),
+    }
+    return _sizes(cfg, skeleton, target[goal.kind]())
+
+
+class Skeleton:
+    """The base model of a run without its weights: what a method adds to it."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        from moabench.benchmarks.bases.loading import skeleton
+
+        self._build = functools.partial(skeleton, cfg.model)
+        base = self._build()
+        self.size = sum(p.numel() for p in base.parameters())
+        self.layers = base.config.get_text_config().num_hidden_layers
+
+    def attached(self, data: Mapping[str, Any]) -> Any:
+        """A new copy of the base with a method on it, on the meta device: nothing that is done with it
+        computes anything."""
+        from moabench import methods
+
+        return methods.attach(self._build(), data).to("meta")
+
+    def count(self, data: Mapping[str, Any]) -> int:
+        """Trainable parameters of a method."""
+        from moabench import methods
+
+        return methods.param_count(self.attached(data))["trainable"]
+
+
+def _sizes(cfg: RunConfig, skeleton: Skeleton, target: float) -> Solution:
+    """The sizes that come nearest to `target` trainable parameters: the same in all layers if that is within
+    the tolerance."""
+    method = cfg.parsed_method
+
+    def solution(data: Mapping[str, Any], count: int, sizes: str) -> Solution:
+        words = (
+            f"{method.name} gets {count:,} trainable parameters ({100 * (count / target - 1):+.1f} "
+            f"%): {sizes}"
+        )
+        return Solution(dict(data), 1.0, target, count, f"budget {cfg.budget.size} = {target:,.0f}; {words}")
+
+    given = skeleton.count(cfg.method)
+    if abs(given - target) <= cfg.budget.tolerance * target:
+        return solution(cfg.method, given, "the sizes of its config")
+    if method.layers:
+        raise ConfigError(
+            f"budget.size={cfg.budget.size}: {method.name} sets sizes by layer (method.layers); "
+            "expected those or a budget."
+        )
+    found = dials(method)
+    # Every size is set, since a bank that sets none takes the main one's.
+    doubled = [_scaled(cfg.method, {d: d.at(2 if d is one else 1) for d in found}) for one in found]
+    slopes = [(skeleton.count(data) - given) / total(d.size) for d, data in zip(found, doubled, strict=True)]
+
+    def predicted(scale: float) -> float:
+        return given + sum(
+            slope * (total(d.at(scale)) - total(d.size)) for d, slope in zip(found, slopes, strict=True)
+        )
+
+    low = 0.0
+    while predicted(step := min(d.next(low) for d in found)) <= target:
+        low = step
+    sizes = [{d: d.at(scale) for d in found} for scale in (low, step)]
+    below, above = (_scaled(cfg.method, s) for s in sizes)
+    tried = [(skeleton.count(data), data, _listed(s)) for data, s in zip((below, above), sizes, strict=True)]
+
+    def far(entry: tuple[int, dict, str]) -> float:
+        return abs(entry[0] - target) / target
+
+    if min(map(far, tried)) > cfg.budget.tolerance and tried[0][0] < target < tried[1][0]:
+        share = (target - tried[0][0]) / (tried[1][0] - tried[0][0])
+        tried.insert(1, _layered(below, above, sizes, round(share * skeleton.layers), skeleton))
+    best = min(tried, key=far)
+    if far(best) > cfg.budget.tolerance:
+        can = " or ".join(f"{count:,} ({sizes})" for count, _, sizes in tried)
+        rest = predicted(0.0) - sum(slope * total(d.at(0.0)) for d, slope in zip(found, slopes, strict=True))
+        raise ConfigError(
+            f"budget.size={cfg.budget.size}: {method.name} cannot have {target:,.0f} trainable parameters "
+            f"within {cfg.budget.tolerance:.0%}; it can have {can}, of which {rest:,.0f} lie outside of "
+            "experts. Expected another budget, or another number of experts."
+        )
+    return solution(best[1], best[0], best[2])
+
+
+def _layered(
+    below: dict, above: dict, sizes: list[dict[Dial, Size]], many: int, skeleton: Skeleton
+) -> tuple[int, dict, str]:
+    """`below` with the sizes of `above` in `many` layers, evenly spread."""
+    if many in (0, skeleton.layers):
+        data = above if many else below
+        return skeleton.count(data), data, _listed(sizes[bool(many)])
+    spread = "+".join(str((2 * i + 1) * skeleton.layers // (2 * many)) for i in range(many))
+    changes: dict[str, Any] = {}
+    for dial, size in sizes[1].items():
+        changes = catalog.override(changes, dial.changes(size))
+    data = catalog.override(below, {"layers": {spread: changes}})
+    larger = {d: size for d, size in sizes[1].items() if size != sizes[0][d]}
+    return (
+        skeleton.count(data),
+        data,
+        f"{_listed(sizes[0])}; {_listed(larger)} in layers {spread.replace('+', ', ')}",
+    )
+
+
+def _listed(sizes: Mapping[Dial, Size]) -> str:
+    return ", ".join(
+        f"{d.label} {list(size) if isinstance(size, tuple) else size}" for d, size in sizes.items()
+    )
+
+
+def _length(cfg: RunConfig, goal: Goal) -> Solution:
+    """How much shorter or longer the method trains than the reference, for equal FLOPs or seconds."""
+    flops = cfg.budget.match == "flops"
+    own, reference = (_flops if flops else _seconds)(cfg, [cfg.method, goal.method])
+    name, cost = (
+        cfg.parsed_method.name,
+        f"{own / reference:.3f} times the {'FLOPs' if flops else 'seconds'} of one of {cfg.budget.size}",
+    )
+    words = (
+        f"budget {cfg.budget.size}: a step of {name} takes {cost}, so it trains {reference / own:.3f} "
+        "times as long"
+    )
+    return Solution(dict(cfg.method), reference / own, reference, own, words)
+
+
+LENGTH = 64
+"""Tokens of a sequence on which a step's cost is taken. The ratio of two methods hardly depends on it:
+attention is the same in both."""
+
+
+def _flops(cfg: RunConfig, datas: list[Mapping[str, Any]]) -> list[float]:
+    """FLOPs of a training step's forward and backward pass under each method, counted operator by operator
+    without computing."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found = []
+    for data in datas:
+        model = Skeleton(cfg).attached(data)
+        with FlopCounterMode(display=False) as counter:
+            _step(model, torch.zeros(cfg.train.batch_size, LENGTH, dtype=torch.long, device="meta"))
+        found.append(float(counter.get_total_flops()))
+    return found
+
+
+def _seconds(cfg: RunConfig, datas: list[Mapping[str, Any]]) -> list[float]:
+    """Seconds of a training step's forward and backward pass under each method, on the run's device: medians
+    of interleaved steps."""
+    import torch
+
+    from moabench import methods
+    from moabench.benchmarks.bases.loading import load_model
+    from moabench.benchmarks.run.run import set_globals
+    from moabench.benchmarks.speed.measure import interleaved, quartiles
+
+    device, steps = set_globals(cfg), {}
+    for i, data in enumerate(datas):
+        base, tokenizer = load_model(cfg.model, cfg.seed, device)
+        model = methods.attach(base, data)
+        ids = torch.randint(len(tokenizer), (cfg.train.batch_size, LENGTH), device=device)
+        steps[str(i)] = functools.partial(_step, model, ids)
+    return [quartiles(seconds)[1] for seconds in interleaved(steps, ROUNDS, torch.device(device)).values()]
+
+
+ROUNDS = 9
+"""Timed steps of each method with match=time."""
+
+
+def _step(model: Any, ids: Any) -> None:
+    """Forward and backward pass of one training step, auxiliary losses included; ids [B, L]."""
+    from moabench import methods
+    from moabench.benchmarks.speed.whole import facts
+
+    model.train().zero_grad(set_to_none=True)
+    with methods.record(model) as recorder:
+        loss = model(input_ids=ids, labels=ids, **facts(model, ids)).loss
+    (loss + sum(recorder.losses.values())).backward()

@@ -1,0 +1,149 @@
+"""The processes of one run: `torchrun --nproc-per-node 2 run.py ...` or `accelerate launch run.py ...` trains
+one model on several devices (DDP).
+
+Every process holds the model, takes its share of each step (`train.batch_size` is that of one process), and
+evaluates everything, so that all of them agree on what comes next. The first one holds the run folder and
+writes it. An auxiliary loss that is no mean over tokens, as the balance loss, is taken for the tokens of each
+process and averaged.
+
+With `shard=true` each process keeps only its part of the frozen base (FSDP2): a decoder layer's weights are
+gathered when the layer runs, forward and backward, and let go afterwards. What is trained, a small part, is
+whole everywhere and averaged as in DDP, so optimiser, checkpoints and adapter are those of any other run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from moabench.methods.spec import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moabench.benchmarks.config.run import RunConfig
+
+
+def count() -> int:
+    """Processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ.get("RANK", 0)) if count() > 1 else 0
+
+
+def device(kind: str) -> str:
+    """The GPU of this process: each one on a machine has one of its own."""
+    return f"{kind}:{os.environ.get('LOCAL_RANK', 0)}"
+
+
+def start(cfg: RunConfig) -> None:
+    """Join the others; nothing alone. Raises ConfigError for what several processes cannot do, or one
+    alone."""
+    _check_shard(cfg)
+    if count() == 1:
+        return
+    if cfg.train.halve:
+        raise ConfigError(
+            "train.halve=true: expected false in a run of several processes; the others would wait "
+            "for the one that starts anew."
+        )
+    import torch
+
+    if not torch.distributed.is_initialized():
+        gpu = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
+        if gpu:
+            torch.cuda.set_device(device("cuda"))
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+
+
+def _check_shard(cfg: RunConfig) -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        raise ConfigError(
+            "accelerate launch --use_fsdp: expected shard=true on this command line instead, and no "
+            "--use_fsdp."
+        )
+    if not cfg.shard:
+        return
+    if count() == 1:
+        raise ConfigError(
+            "shard=true: expected several processes, as of torchrun --nproc-per-node 2 run.py ...; "
+            "this one is alone."
+        )
+    if cfg.model.quantize:
+        raise ConfigError(
+            f"shard=true: expected model.quantize=null, not {cfg.model.quantize}; a quantised base is "
+            "held whole."
+        )
+    method = cfg.parsed_method
+    if method.tuner == "full" or method.dora:
+        why = "trains the base itself" if method.tuner == "full" else "needs the norms of whole weights"
+        raise ConfigError(f"shard=true: expected another method than {method.name}, which {why}.")
+
+
+def shard(model: nn.Module, device: str) -> None:
+    """Split the weights of a frozen base on the CPU over the processes and put the parts on `device`, a layer
+    at a time. Adapters that are attached later stay whole."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from moabench.methods.tuner.architecture import decoder_layers
+
+    mesh = init_device_mesh(torch.device(device).type, (count(),))
+    model.requires_grad_(False)  # before: FSDP keeps no gradients of what needs none when it is told
+    for part in (*decoder_layers(model).values(), model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    """A model with a sharded base in DDP, which sees what is trained alone. accelerate refuses any model that
+    holds DTensors."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, p in model.named_parameters() if not p.requires_grad
+    ]
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def told(value: Any = None) -> Any:
+    """The first process's value, in all of them."""
+    if count() == 1:
+        return value
+    import torch
+
+    found = [value]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def leave() -> None:
+    """At the end of all runs: wait for the others. One that is gone while they still read from it breaks
+    their connection."""
+    if count() == 1:
+        return
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process goes through the block before the others do."""
+    if count() == 1:
+        yield
+        return
+    import torch
+
+    if rank() > 0:
+        torch.distributed.barrier()
+    yield
+    if rank() == 0:
+        torch.distributed.barrier()
