@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moabench.benchmarks.config.run import NOT_IN_HASH
+from moabench.benchmarks.config.hashing import NOT_IN_HASH
 from moabench.benchmarks.run.reading import Study, flat
 from moabench.methods.spec import ConfigError, nearest
 

@@ -6,8 +6,7 @@ A router's equation is its own `route()`, in plain torch. Those that fit
     p = softmax(z) or sigmoid(z);   S: all, the k largest, the prefix of a given mass, or p >= tau
     u = p or p - tau on S;   w = u or u / sum u
 
-say so as a `Rule`, and `decide` runs any Rule: on Triton as one kernel forward and one backward, which also
-sums the expert load over real tokens; else as plain torch ops.
+say so as a `Rule`, and `decide` runs any Rule as one Triton kernel forward and one backward.
 
 Shapes: T tokens, G sites that share one input, E experts, H = E, or E + 1 where the last score is the
 threshold's, K selected.
@@ -21,17 +20,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from . import backend
-
-SUMS = ("assignments", "weights", "members", "probs", "shares")
-"""Sums over tokens of each expert, [G, E]: selections, w, w / sum w, p, p / sum p. A row without weight has
-no members."""
-TOTALS = ("tokens", "idle", "entropy", "squared_lse")
-"""Sums over tokens, [G]: 1, tokens without an expert, entropy of p / sum p (nats), logsumexp(z)^2."""
-SMALLEST = 1e-20
-"""Least sum that weights are divided by: rows whose selected weights sum to less get no gradient through
-them."""
 
 
 @dataclass(frozen=True)
@@ -57,37 +45,26 @@ class Rule:
     ste: float = 0.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Decision:
     """weights, probs [..., E] fp32; chosen [..., E] bool, None for select=all; ids [..., K] int64 by falling
-    score for top_k, else None; tau [..., 1] for a threshold, else None; stats: `SUMS` [G, E] and `TOTALS` [G]
-    over real tokens, None unless asked for."""
+    score for top_k, else None; tau [..., 1] for a threshold, else None."""
 
     weights: Tensor
     probs: Tensor
     chosen: Tensor | None = None
     ids: Tensor | None = None
     tau: Tensor | None = None
-    stats: dict[str, Tensor] | None = None
 
 
-def decide(scores: Tensor, rule: Rule, mask: Tensor | None = None, stats: bool = False) -> Decision:
-    """The decision for scores [T, H], [T, G, H] or with more leading dimensions, any strides; mask [T] bool,
-    True for real tokens, concerns the stats alone. Differentiable: weights, probs and tau, of scores."""
-    if not backend.triton_for(scores):
-        made = plain(scores, rule)
-        if stats:
-            made.stats = statistics(made.weights, made.chosen, made.probs, experts_only(scores, rule), mask)
-        return made
-    sites = _by_site(scores).float()
-    weights, probs, tau, chosen, ids, sums = _Route.apply(
-        sites, mask, stats, rule.activation, rule.select, rule.k, rule.mass, _tau(rule, scores),
-        rule.adaptive, rule.shifted,
-        rule.renormalize, rule.detach, rule.ste,
-    )  # fmt: skip
-    weights, probs, tau, chosen, ids = (
-        t.view(*scores.shape[:-1], t.shape[-1]) for t in (weights, probs, tau, chosen, ids)
+def decide(scores: Tensor, rule: Rule) -> Decision:
+    """The decision for scores [T, H], [T, G, H] or with more leading dimensions, any strides, where Triton
+    runs. Differentiable: weights, probs and tau, of scores."""
+    options = (rule.activation, rule.select, rule.k, rule.mass, _tau(rule, scores), rule.adaptive)
+    found = _Route.apply(
+        _by_site(scores).float(), *options, rule.shifted, rule.renormalize, rule.detach, rule.ste
     )
+    weights, probs, tau, chosen, ids = (t.view(*scores.shape[:-1], t.shape[-1]) for t in found)
     soft = rule.select == "all"
     return Decision(
         weights=weights,
@@ -95,58 +72,7 @@ def decide(scores: Tensor, rule: Rule, mask: Tensor | None = None, stats: bool =
         chosen=None if soft else chosen,
         ids=ids if rule.select == "top_k" else None,
         tau=tau if rule.select == "threshold" else None,
-        stats=_named(sums.sum(0)) if stats else None,
     )
-
-
-def plain(scores: Tensor, rule: Rule) -> Decision:
-    """`decide` in plain torch ops, without stats."""
-    logits = experts_only(scores, rule)
-    p = softmax(logits) if rule.activation == "softmax" else logits.sigmoid()
-    ids, tau = None, None
-    if rule.select == "all":
-        return Decision(p, p)
-    if rule.select == "top_k":
-        ids = logits.detach().sort(dim=-1, descending=True, stable=True).indices[..., : rule.k]
-        chosen = torch.zeros_like(p, dtype=torch.bool).scatter_(-1, ids, True)
-    elif rule.select == "top_p":
-        order = p.detach().sort(dim=-1, descending=True, stable=True)
-        before = order.values.cumsum(-1) - order.values
-        chosen = (before < rule.mass).scatter(-1, order.indices, before < rule.mass)
-    else:
-        bound = _tau(rule, scores)
-        tau = bound * scores[..., -1:].sigmoid() if rule.adaptive else torch.full_like(p[..., :1], bound)
-        tau = tau.detach() if rule.detach else tau
-        chosen = p >= tau
-    u = (p - tau if rule.shifted else p) * chosen
-    if rule.ste:
-        soft = torch.sigmoid((p - tau) / rule.ste)
-        u = u + p * (soft - soft.detach())
-    if rule.renormalize:
-        total = u.sum(-1, keepdim=True)
-        u = torch.where(total <= SMALLEST, u.detach(), u) / total.clamp(min=SMALLEST)
-    return Decision(u, p, chosen, ids, tau)
-
-
-def statistics(
-    weights: Tensor, chosen: Tensor | None, probs: Tensor | None, logits: Tensor | None, mask: Tensor | None
-) -> dict[str, Tensor]:
-    """`SUMS` and `TOTALS` of any decision, tensors [T, E] or [T, G, E], over the tokens that mask [T] calls
-    real; on the device, detached. Without probs or logits what is made of them is left out."""
-    weights = _by_site(weights.detach().float())
-    real = weights.new_ones(weights.shape[0]) if mask is None else mask.reshape(-1).to(weights.dtype)
-    chosen = torch.ones_like(weights) if chosen is None else _by_site(chosen).to(weights.dtype)
-    values = {"assignments": chosen, "weights": weights, "members": _share(weights)}
-    rows = {"tokens": torch.ones_like(weights[..., 0]), "idle": (chosen.amax(-1) == 0).to(weights.dtype)}
-    if probs is not None:
-        p = _by_site(probs.detach().float())
-        values |= {"probs": p, "shares": _share(p)}
-        rows["entropy"] = torch.special.entr(_share(p)).sum(-1)
-    if logits is not None:
-        rows["squared_lse"] = _by_site(logits.detach().float()).logsumexp(-1).square()
-    real = real.bool()
-    found = {name: torch.where(real[:, None, None], v, 0.0).sum(0) for name, v in values.items()}
-    return found | {name: torch.where(real[:, None], v, 0.0).sum(0) for name, v in rows.items()}
 
 
 def experts_only(scores: Tensor, rule: Rule) -> Tensor:
@@ -166,41 +92,24 @@ class _Route(torch.autograd.Function):
     """The Triton kernels; the backward needs p, S and tau, and recomputes the rest."""
 
     @staticmethod
-    def forward(
-        ctx,
-        scores,
-        mask,
-        stats,
-        activation,
-        select,
-        k,
-        mass,
-        tau,
-        adaptive,
-        shifted,
-        renormalize,
-        detach,
-        ste,
-    ):
-        kernels = _triton()
-        weights, probs, taus, chosen, ids, sums = kernels.route(
-            scores, mask, stats, activation, select, k, mass, tau, adaptive, shifted, renormalize
+    def forward(ctx, scores, activation, select, k, mass, tau, adaptive, shifted, renormalize, detach, ste):
+        weights, probs, taus, chosen, ids = _triton().route(
+            scores, activation, select, k, mass, tau, adaptive, shifted, renormalize
         )
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(chosen, ids, sums)
+        ctx.mark_non_differentiable(chosen, ids)
         ctx.options = (activation, select, tau, adaptive, shifted, renormalize, detach, ste)
         ctx.save_for_backward(weights if select == "all" else probs, chosen, taus)
-        return weights, probs, taus, chosen, ids, sums
+        return weights, probs, taus, chosen, ids
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dweights, dprobs, dtau, *_):
         probs, chosen, taus = ctx.saved_tensors
-        if dweights is None and dprobs is None and dtau is None:
-            return (None,) * 13
-        return _triton().route_backward(dweights, dprobs, dtau, probs, chosen, taus, *ctx.options), *(
-            None,
-        ) * 12
+        given, none = (dweights, dprobs, dtau), (None,) * 10
+        if all(d is None for d in given):
+            return None, *none
+        return _triton().route_backward(*given, probs, chosen, taus, *ctx.options), *none
 
 
 def _by_site(t: Tensor) -> Tensor:
@@ -212,19 +121,6 @@ def _tau(rule: Rule, scores: Tensor) -> float:
     if rule.select != "threshold":
         return 0.0
     return 1 / (scores.shape[-1] - rule.adaptive) if rule.tau is None else rule.tau
-
-
-def _share(x: Tensor) -> Tensor:
-    return x / x.sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-
-
-def _named(sums: Tensor) -> dict[str, Tensor]:
-    """Sums [G, 5 E + 4] by name."""
-    per_expert = sums[:, : -len(TOTALS)].unflatten(-1, (len(SUMS), -1))
-    totals = sums[:, -len(TOTALS) :]
-    return dict(zip(SUMS, per_expert.unbind(1), strict=True)) | dict(
-        zip(TOTALS, totals.unbind(1), strict=True)
-    )
 
 
 def _triton():

@@ -15,9 +15,20 @@ the tuner registers itself with PEFT whenever PEFT is imported, before or after.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wrapt
+
+if TYPE_CHECKING:  # what editors and type checkers follow
+    from .bank import AttentionExperts, Experts, FeedForwardExperts, LinearExperts
+    from .effects import Watched, watch
+    from .losses import Loss
+    from .params import Param
+    from .recorder import Recorder, capture_routing, record
+    from .router import LinearRouter, Router
+    from .routing import Routing
+    from .spec import ConfigError
+    from .tuner import MixtureConfig, MixtureModel, attach, load, param_count, peft_config
 
 _HOME = {
     "MixtureConfig": "tuner",
@@ -42,7 +53,29 @@ _HOME = {
     "Loss": "losses",
     "Param": "params",
 }
-__all__ = sorted(_HOME)
+__all__ = [
+    "AttentionExperts",
+    "ConfigError",
+    "Experts",
+    "FeedForwardExperts",
+    "LinearExperts",
+    "LinearRouter",
+    "Loss",
+    "MixtureConfig",
+    "MixtureModel",
+    "Param",
+    "Recorder",
+    "Router",
+    "Routing",
+    "Watched",
+    "attach",
+    "capture_routing",
+    "load",
+    "param_count",
+    "peft_config",
+    "record",
+    "watch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -111,12 +111,7 @@ def _join(routings: list[Routing]) -> Routing:
         else torch.cat([m.to(first.weights.device) for m in masks])
     )
     extras = {k: torch.cat([r.extras[k] for r in routings]) for k in first.extras}
-    stats = (
-        None
-        if any(r.stats is None for r in routings)
-        else {k: sum(r.stats[k] for r in routings) for k in first.stats}
-    )
-    return replace(first, **joined, mask=mask, extras=extras, stats=stats)
+    return replace(first, **joined, mask=mask, extras=extras)
 
 
 @contextmanager

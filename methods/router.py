@@ -68,27 +68,16 @@ class Router(Part):
         return None
 
 
-def decide(
-    router: Router, scores: Tensor, training: bool, mask: Tensor | None = None, stats: bool = False
-) -> Routing:
+def decide(router: Router, scores: Tensor, training: bool) -> Routing:
     """The decision for scores [T, H] or [T, G, H]: `router.route`, or where Triton runs the kernel of its
-    rule.
-
-    stats: with the expert load over the tokens that mask [T] calls real, as `Routing.stats`; the kernel has
-    it for nothing.
-    """
+    rule."""
     rule = router.rule
     if rule is None or not backend.triton_for(scores):
-        routing = router.route(scores, training)
-        if stats:
-            routing.stats = fused.statistics(
-                routing.weights, routing.chosen, routing.probs, routing.logits, mask
-            )
-        return routing
-    made = fused.decide(scores, rule, mask, stats)
+        return router.route(scores, training)
+    made = fused.decide(scores, rule)
     extras = {} if made.tau is None else {"tau": made.tau}
     logits = fused.experts_only(scores, rule)
-    return Routing(made.weights, made.chosen, made.probs, logits, made.ids, extras=extras, stats=made.stats)
+    return Routing(made.weights, made.chosen, made.probs, logits, made.ids, extras=extras)
 
 
 @dataclass(frozen=True)

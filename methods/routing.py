@@ -30,8 +30,6 @@ class Routing:
     mask    [T]      bool, real tokens; padding belongs to no load, loss or measure; None where every token is
             real
     extras           further tensors of one router by name, e.g. AdaMoLE's threshold `tau` [T, 1]
-    stats            sums over real tokens by name, [G, E] and [G] for the G sites decided together
-                     (moabench.kernels.route: SUMS, TOTALS); None where they were not asked for
     """
 
     weights: Tensor
@@ -43,7 +41,6 @@ class Routing:
     experts: tuple[str, ...] = ()
     granularity: str = "token"
     extras: dict[str, Tensor] = field(default_factory=dict)
-    stats: dict[str, Tensor] | None = None
 
     @property
     def soft(self) -> bool:
@@ -56,8 +53,7 @@ class Routing:
         return torch.ones_like(self.weights, dtype=torch.bool) if self.chosen is None else self.chosen
 
     def map(self, f) -> Routing:
-        """The same routing with `f` applied to every tensor that has one row a token, the mask excepted.
-        `stats` stay as they are."""
+        """The same routing with `f` applied to every tensor that has one row a token, the mask excepted."""
         tensors = {
             k: f(v)
             for k in ("weights", "chosen", "probs", "logits", "ids")
@@ -67,13 +63,12 @@ class Routing:
 
     def at_site(self, g: int) -> Routing:
         """Site g's part [T, E] of a routing [T, G, E]."""
-        stats = None if self.stats is None else {k: v[g : g + 1] for k, v in self.stats.items()}
-        return replace(self.map(lambda t: t[:, g]), stats=stats)
+        return self.map(lambda t: t[:, g])
 
     def per_token(self, length: int) -> Routing:
         """A decision a sequence [B, E] as one a token [B length, E]."""
         expanded = self.map(lambda t: t.unsqueeze(1).expand(-1, length, *t.shape[1:]).flatten(0, 1))
-        expanded.granularity, expanded.stats = "sequence", None
+        expanded.granularity = "sequence"
         return expanded
 
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # Triton kernels run in its interpreter; read when Triton is imported
-    )
+    # Triton kernels run in its interpreter; read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is unset
 
 DATASETS = Path(__file__).resolve().parents[2] / "shared" / "datasets"

@@ -45,9 +45,9 @@ def of_run(path: str | Path, text: str, label: str = "") -> Plot:
     """`token_usage` of the trained adapter of a finished run on its base model."""
     import yaml
 
+    from moabench.benchmarks.bases.adapters import load_adapter
     from moabench.benchmarks.bases.loading import load_model
     from moabench.benchmarks.config.run import RunConfig
-    from moabench.benchmarks.run.run import load_adapter
 
     config = yaml.safe_load((Path(path) / "config.yaml").read_text(encoding="utf-8"))
     cfg = RunConfig.from_composed({**config, "task": config["task"]["eval"]})

@@ -12,7 +12,7 @@ from moabench.methods.spec import ConfigError, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from moabench.benchmarks.config.run import ModelConfig
+    from moabench.benchmarks.config.sections import ModelConfig
 
 
 def load_model(cfg: ModelConfig, seed: int, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

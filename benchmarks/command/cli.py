@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from moabench.benchmarks import tasks
+from moabench.benchmarks.config.choices import CONF, groups
 from moabench.benchmarks.config.overrides import nested, one_line, prepare, tunes
-from moabench.benchmarks.config.run import CONF, RunConfig, groups
+from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.machine import processes
 from moabench.benchmarks.machine.files import RunError, storage_error
 from moabench.methods.spec import ConfigError
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own arguments); returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["runs"], ["--rerun"]):
-        return _command("housekeeping", ["rerun", *argv[1:]] if argv[0] == "--rerun" else argv[1:])
+        return _command("runs", ["rerun", *argv[1:]] if argv[0] == "--rerun" else argv[1:])
     if argv[:1] == ["memory"]:
         return _command("memory", argv[1:])
     if "--help" in argv or "-h" in argv:
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 def _command(module: str, argv: list[str]) -> int:
     """A command of its own module: `runs`, `memory`."""
     try:
-        return importlib.import_module(f"moabench.benchmarks.{module}").main(argv)
+        return importlib.import_module(f"moabench.benchmarks.command.{module}").main(argv)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -29,7 +29,8 @@ from typing import Any
 
 import yaml
 
-from moabench.benchmarks.config.run import LoggerConfig, RunConfig
+from moabench.benchmarks.config.run import RunConfig
+from moabench.benchmarks.config.sections import LoggerConfig
 from moabench.benchmarks.machine import files
 from moabench.benchmarks.run import folder as runs
 from moabench.benchmarks.run import summary
@@ -112,7 +113,7 @@ def _chosen(given: argparse.Namespace) -> list[Path]:
     named = [find(text, given.runs) for text in getattr(given, "run", ())]
     if not given.where:
         return named or runs.find(Path(given.runs).expanduser())
-    from moabench.analysis import load
+    from moabench.benchmarks.run.reading import load
 
     kept = load(*(named or [given.runs])).where(given.where).runs["path"]
     return [Path(path) for path in kept]

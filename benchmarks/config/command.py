@@ -12,7 +12,9 @@ from typing import Any
 from moabench.benchmarks.run.reading import flat
 from moabench.methods.spec import ConfigError
 
-from .run import CONF, NOT_IN_HASH, composed, groups
+from .choices import CONF, groups
+from .hashing import NOT_IN_HASH
+from .overrides import composed
 
 CHOICES = ("method", "model", "data", "mix")
 """Groups that a config names itself; which file of `train` was used it does not say, so that with the fewest

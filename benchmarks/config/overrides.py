@@ -11,15 +11,16 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from moabench.benchmarks import tasks
-from moabench.benchmarks.fairness import budget
 from moabench.methods.spec import ConfigError, nearest
 
-from . import run as config
-from .run import RunConfig, groups
+from .budget import Goal
+from .choices import CONF, groups
+from .run import RunConfig
+from .sections import TrainConfig
 
 
 def prepare(argv: list[str]) -> list[str]:
@@ -37,6 +38,17 @@ def prepare(argv: list[str]) -> list[str]:
             raise ConfigError(f"cannot read {text!r}: {one_line(error)}. Expected key=value.") from None
         rewritten[text] = _checked(override, text)
     return [*(rewritten.get(arg, arg) for arg in argv), *_tuning(texts)]
+
+
+def composed(overrides: Iterable[str]) -> RunConfig:
+    """The config of overrides as on the command line. Raises ConfigError and Hydra's own errors."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return RunConfig.from_composed(
+            OmegaConf.to_container(compose("config", prepare([*overrides])), resolve=True), overrides
+        )
 
 
 def tunes(argv: list[str]) -> bool:
@@ -75,7 +87,7 @@ def _checked(override: Any, text: str) -> str:
             tasks.resolve(value)
     elif key == "budget":
         for value in _values(override):
-            budget.Goal.read(value)
+            Goal.read(value)
         return f"budget.size={text.partition('=')[2]}"
     else:
         _check_key(key, override.value(), known)
@@ -123,9 +135,7 @@ def _check_key(key: str, value: Any, known: dict[str, list[str]]) -> None:
                     "one value."
                 )
             return
-        fields = {f.name for f in dataclasses.fields(cls)} | (
-            {"recipes"} if cls is config.TrainConfig else set()
-        )
+        fields = {f.name for f in dataclasses.fields(cls)} | ({"recipes"} if cls is TrainConfig else set())
 
 
 def nearest_key(parts: list[str], depth: int, fields: set[str]) -> str:

@@ -22,86 +22,24 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moabench.benchmarks import tasks
+from moabench.benchmarks.config.mix import MixConfig, PartConfig, Published, part_names
 from moabench.benchmarks.tasks import rows as sources
-from moabench.methods.spec import ConfigError, Count, NonNegative, build, nearest
+from moabench.methods.spec import ConfigError, nearest
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class PartConfig:
-    """The train split of one task in a mix."""
-
-    weight: NonNegative = 1.0
-    """How often a row is in the mix: 2 takes each twice, 0.5 a seeded half, 1.5 each once and a half of them
-    twice; 0: left out."""
-    cap: Count | None = None
-    """Most distinct rows, a seeded choice; null: all."""
-    optional: bool = False
-    """Left out, and recorded, where the source has no train split of the task; false: an error."""
-
-
-@dataclass(frozen=True)
-class HubConfig:
-    """A data set on the hub whose columns are instruction, input, output, answer."""
-
-    path: str
-    name: str | None = None
-    """Its configuration; null: the only one."""
-    file: str | None = None
-    """One data file of it; null: as the data set says."""
-    split: str = "train"
-    revision: str | None = None
-    """Commit; has to be given, since what a name stands for changes."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """Facts about the published file; a difference is recorded, not refused."""
-
-    rows: Count | None = None
-    git_blob: str | None = None
-    """SHA-1 that git gives to the file's content (`git hash-object FILE`)."""
-
-
-@dataclass(frozen=True)
-class MixConfig:
-    """A training set."""
-
-    name: str = "own"
-    own: bool = False
-    parts: dict = field(default_factory=dict)
-    """Task, or local set that is no task (data.SETS) -> PartConfig."""
-    file: str | None = None
-    hub: HubConfig | None = None
-    published: Published | None = None
-
-    def __post_init__(self) -> None:
-        parts = {}
-        for task, part in self.parts.items():
-            if task not in _known():
-                raise ConfigError(f"parts.{task}: no such task.{nearest(task, _known())}")
-            parts[task] = (
-                part if isinstance(part, PartConfig) else build(PartConfig, part or {}, f"parts.{task}")
-            )
-        object.__setattr__(self, "parts", parts)
-        if self.file is not None and self.hub is not None and self.hub.revision is not None:
-            raise ConfigError(f"file={self.file!r}, hub.path={self.hub.path!r}: expected one of the two.")
-        if not (self.own or parts or self.file or (self.hub and self.hub.revision)):
-            known = f" (known: hub.path={self.hub.path})" if self.hub else ""
-            raise ConfigError(
-                f"name={self.name!r}, file=null: expected mix.file=path/to/{self.name}.json, or "
-                f"mix.hub.path and mix.hub.revision{known}."
-            )
+SEED = 0
+"""Of the choice of rows: one data set for all seeds of a study."""
 
 
 def training_rows(
-    mix: MixConfig, eval_tasks: Sequence[str], data: Any, seed: int
+    mix: MixConfig, eval_tasks: Sequence[str], reader: sources.Reader, seed: int = SEED
 ) -> tuple[list[Row], dict[str, Any]]:
     """(rows, record) of a mix: its parts one after the other, each in the order of its source.
 
@@ -109,13 +47,14 @@ def training_rows(
     what was taken, which evaluated tasks have no train split, and how a file compares with the published one.
     Raises ConfigError.
     """
+    data = reader.data
     parts, missing = _parts(mix, eval_tasks, data)
     rows, record = (
         [],
         {"name": mix.name, "source": data.source, "seed": seed, "parts": {}, "without_train_split": missing},
     )
     for task, part in parts.items():
-        available = sources.load_rows(task, "train", data)
+        available = reader.rows(task, "train")
         taken = _weighted(
             _capped(available, part.cap, f"{seed}/{task}/cap"), part.weight, f"{seed}/{task}/weight"
         )
@@ -159,14 +98,9 @@ def _parts(mix: MixConfig, eval_tasks: Sequence[str], data: Any) -> tuple[dict[s
     return found, missing
 
 
-def _known() -> list[str]:
-    """What a part can name."""
-    return [*tasks.names(), *sources.SETS]
-
-
 def _has_train(task: str, data: Any) -> bool:
-    elsewhere = task in sources.SETS and data.source != "local"
-    if elsewhere or tasks.get(sources.SETS.get(task, task)).unavailable(data.source):
+    elsewhere = task in tasks.SETS and data.source != "local"
+    if elsewhere or tasks.get(tasks.SETS.get(task, task)).unavailable(data.source):
         return False
     return "train" in sources.splits(task, data)
 
@@ -174,7 +108,7 @@ def _has_train(task: str, data: Any) -> bool:
 def _trainable(data: Any) -> str:
     """The tasks that can be trained on in this source, in words."""
     found = []
-    for task in _known():
+    for task in part_names():
         try:
             found += [task] * _has_train(task, data)
         except ConfigError:  # this task's folder is not there

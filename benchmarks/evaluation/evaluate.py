@@ -17,7 +17,6 @@ restored.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,10 +36,11 @@ from tqdm import tqdm
 from moabench.benchmarks import tasks
 from moabench.benchmarks.data import batches, cache
 from moabench.benchmarks.data.batches import Example
-from moabench.benchmarks.observing import load_measures as readings
-from moabench.benchmarks.observing.load import Meter
+from moabench.benchmarks.machine.globals import undisturbed
+from moabench.benchmarks.observing import load_measures
+from moabench.benchmarks.observing.load import LoadCounts
 from moabench.benchmarks.observing.load_measures import Choices
-from moabench.benchmarks.tasks.rows import reported_rows
+from moabench.benchmarks.tasks.rows import Reader
 from moabench.methods import record
 from moabench.methods.spec import ConfigError
 
@@ -48,7 +48,7 @@ from .generation import generate
 from .scoring import Score, log_likelihoods
 
 if TYPE_CHECKING:
-    from moabench.benchmarks.config.run import DataConfig, RunConfig
+    from moabench.benchmarks.config.run import RunConfig
     from moabench.benchmarks.tasks import Form
 
 Row = dict[str, Any]
@@ -67,47 +67,55 @@ class EvalResult:
 
 
 def evaluate(
-    model, tokenizer, names: tuple[str, ...], cfg: RunConfig, progress: bool, skills: tuple[str, ...] = ()
+    model,
+    tokenizer,
+    names: tuple[str, ...],
+    cfg: RunConfig,
+    progress: bool,
+    skills: tuple[str, ...] = (),
+    reader: Reader | None = None,
 ) -> EvalResult:
     """Accuracy of `model` on the reported split of each task, and its expert load on the same questions with
     the right answer.
 
     skills: names in the order of their numbers; a model that is told the skill of a question gets the number,
-    -1 if it is not among them. Raises ConfigError for what cannot be had from the source under
-    `cfg.protocol`.
+    -1 if it is not among them. reader: the rows, where they have been read before. Raises ConfigError for
+    what cannot be had from the source under `cfg.protocol`.
     """
     with undisturbed(model), _quiet():
-        loaded = load_tasks(names, cfg.data, cfg.protocol)
+        loaded = load_tasks(names, reader or Reader(cfg.data), cfg.protocol)
         encode = partial(
             cache.encoded, Path(cfg.runs_dir).expanduser() / ".cache", eos=False, encode=batches.encode
         )
         lm = MaskedLM(model, tokenizer, cfg.train.eval_batch_size, progress, skills, encode)
         results = lm_evaluate(lm, {"tasks": dict(loaded)}, bootstrap_iters=1)
         load = _load(lm, loaded, progress)
-    metrics, samples, routing, total = {"eval/cut_requests": lm.cut}, [], [], Meter()
+    metrics, samples, routing, total = {"eval/cut_requests": lm.cut}, [], [], LoadCounts()
     for name, task in loaded.items():
         title = tasks.title(name, cfg.data.title, task.form.protocol)
         metrics |= _metrics(f"eval/{title}", results["results"][name])
         samples += [_sample(record, task.form, title) for record in results["samples"][name]]
-        whole = Meter()
+        whole = LoadCounts()
         for skill, meter in load.meters[name].items():
             whole.merge(meter)
-            routing += readings.rows(meter, task.form.task.split, title, skill) if skill is not None else []
-        routing += readings.rows(whole, task.form.task.split, title)
+            routing += (
+                load_measures.rows(meter, task.form.task.split, title, skill) if skill is not None else []
+            )
+        routing += load_measures.rows(whole, task.form.task.split, title)
         total.merge(whole)
-    metrics |= readings.measures(total) | load.choices.measures()
-    return EvalResult(metrics, samples, routing, readings.coactivation(total, step=0))
+    metrics |= load_measures.measures(total) | load.choices.measures()
+    return EvalResult(metrics, samples, routing, load_measures.coactivation(total, step=0))
 
 
-def load_tasks(names: Sequence[str], data: DataConfig, protocol: str = "native") -> dict[str, FormTask]:
+def load_tasks(names: Sequence[str], reader: Reader, protocol: str = "native") -> dict[str, FormTask]:
     """lm-eval's task objects by name, with the rows of the reported split. Raises ConfigError for what cannot
     be had."""
-    loaded = {}
+    loaded, data = {}, reader.data
     for name in names:
         task = tasks.get(name)
         if reason := task.unavailable(data.source, protocol):
             raise ConfigError(f"task {name} with data.source={data.source}, protocol={protocol}: {reason}.")
-        loaded[name] = FormTask(task.form(protocol), reported_rows(name, data), task.tokens(data.source))
+        loaded[name] = FormTask(task.form(protocol), reader.reported(name), task.tokens(data.source))
     return loaded
 
 
@@ -264,7 +272,7 @@ class MaskedLM(HFLM):
 class Load:
     """What the routers decided: by task and skill over tokens, and for each sequence."""
 
-    meters: dict[str, dict[str | None, Meter]]
+    meters: dict[str, dict[str | None, LoadCounts]]
     choices: Choices
 
 
@@ -291,7 +299,7 @@ def _load(lm: MaskedLM, loaded: dict[str, FormTask], progress: bool) -> Load:
         if not rec.routing:
             break
         shape = tuple(batch["input_ids"].shape)
-        load.meters[name].setdefault(skill, Meter(pairs=True)).update(rec.routing, shape)
+        load.meters[name].setdefault(skill, LoadCounts(pairs=True)).update(rec.routing, shape)
         load.choices.add(rec.routing, shape, [name] * len(chunk), [skill] * len(chunk))
     return load
 
@@ -357,26 +365,6 @@ def _choice(form: Form, doc: Row, extracted: str | None) -> int | None:
     if form.extraction == "number" or extracted is None:
         return None
     return next((i for i in range(len(doc["choices"])) if form.correct(extracted, {**doc, "label": i})), None)
-
-
-@contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; random states and each module's own mode as before afterwards (lm-eval draws
-    from them)."""
-    modes = {module: module.training for module in model.modules()}
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moabench.benchmarks.machine.globals import undisturbed
 from moabench.methods.spec import ConfigError
 
 if TYPE_CHECKING:
@@ -85,8 +86,6 @@ def text_loss(
     from tqdm import tqdm
 
     from moabench.benchmarks.data import batches
-
-    from .evaluate import undisturbed
 
     examples = windows(model, tokenizer, texts)
     total, tokens = 0.0, sum(len(e.ids) - 1 for e in examples)

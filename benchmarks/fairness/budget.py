@@ -22,153 +22,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from moabench.benchmarks.machine import files
+from moabench.benchmarks.bases.fingerprint import model_fingerprint
+from moabench.benchmarks.bases.skeleton import Skeleton
+from moabench.benchmarks.config.budget import Goal
+from moabench.benchmarks.config.hashing import digest
+from moabench.benchmarks.machine import environment, files
 from moabench.methods import catalog
-from moabench.methods.bank import Experts
-from moabench.methods.catalog import Method
-from moabench.methods.spec import ConfigError, Positive, nearest
+from moabench.methods.sizes import Dial, Size, dials, scaled, total
+from moabench.methods.spec import ConfigError
 
 if TYPE_CHECKING:
     from moabench.benchmarks.config.run import RunConfig
-
-Size = int | tuple[int, ...]
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-
-
-@dataclass(frozen=True)
-class BudgetConfig:
-    """What every method of a study may cost."""
-
-    size: str | int | float = "none"
-    """none; `<method>` or `<method>_r<rank>`; `<x>%` of the base's parameters; or a number of parameters with
-    k, M or B."""
-    match: Literal["params", "flops", "time"] = "params"
-    """Trainable parameters; or FLOPs or seconds of training."""
-    tolerance: Positive = 0.02
-    """How far the parameters may be from the budget's, as a share of it."""
-    reference_length: Positive | None = None
-    """Steps or epochs of the reference, with match=flops and time; filled in when the length of training is
-    solved for."""
-
-    def __post_init__(self) -> None:
-        goal = Goal.read(self.size)
-        if self.match != "params" and goal.kind not in ("none", "method"):
-            raise ConfigError(f"size={self.size!r}: expected a method, as lora_r16, with match={self.match}.")
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A budget as written: a method as data, a share of the base, or a number of parameters."""
-
-    kind: Literal["none", "method", "share", "count"]
-    value: float = 0.0
-    method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def read(cls, size: Any) -> Goal:
-        """Raises ConfigError."""
-        text = str(size).strip()
-        if text == "none":
-            return cls("none")
-        if found := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
-            if 0 < float(found[1]) <= 100:
-                return cls("share", float(found[1]) / 100)
-        elif found := re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text, re.IGNORECASE):
-            if (count := float(found[1]) * UNITS[found[2].lower()]) >= 1:
-                return cls("count", count)
-        elif (found := re.fullmatch(r"([a-z]\w*?)(?:_r([1-9]\d*))?", text)) and found[1] in sized():
-            return cls("method", method=_of_rank(catalog.raw(found[1]), found[2] and int(found[2])))
-        expected = (
-            "none, a method (lora_r16, moa_soft), a share of the base (0.5%) or a number of parameters (2M)"
-        )
-        near = nearest(text, ["none", *(name + rank for name in sized() for rank in ("", "_r16"))])
-        raise ConfigError(f"size={size!r}: expected {expected}.{near if 'mean' in near else ''}")
-
-
-@dataclass(frozen=True)
-class Dial:
-    """The size of the experts of one bank: an option, where it stands in the method's data, its value
-    there."""
-
-    keys: tuple[str, ...]
-    bank: Experts
-    label: str
-
-    @property
-    def size(self) -> Size:
-        return getattr(self.bank, self.bank.size)
-
-    def at(self, scale: float) -> Size:
-        """The size times `scale`, rounded down, at least 1."""
-        return (
-            tuple(_down(part * scale) for part in self.size)
-            if isinstance(self.size, tuple)
-            else _down(self.size * scale)
-        )
-
-    def next(self, scale: float) -> float:
-        """The least scale above `scale` at which the size is larger."""
-        parts = self.size if isinstance(self.size, tuple) else (self.size,)
-        return min(max(2, int(part * scale + 1e-9) + 1) / part for part in parts)
-
-    def changes(self, size: Size) -> dict[str, Any]:
-        """What to override in the method's data."""
-        options: dict[str, Any] = {self.bank.size: list(size) if isinstance(size, tuple) else size}
-        if hasattr(self.bank, "alpha") and not self.bank.rslora:
-            options["alpha"] = self.bank.alpha * total(size) / total(self.size)
-        for key in reversed(self.keys):
-            options = {key: options}
-        return options
-
-
-@functools.cache
-def sized() -> list[str]:
-    """The shipped methods that have a size."""
-    return [name for name in catalog.names() if dials(catalog.parse(catalog.raw(name)))]
-
-
-def _down(value: float) -> int:
-    return max(1, int(value + 1e-9))
-
-
-def total(size: Size) -> int:
-    return sum(size) if isinstance(size, tuple) else size
-
-
-def dials(method: Method) -> list[Dial]:
-    """The sizes that a budget may change."""
-    found = []
-    for mixture in method.mixtures:
-        head = ("experts",) if mixture.name == "main" else ("also", mixture.name, "experts")
-        alone = "kind" in _at(method.data, head)
-        for name, bank in mixture.banks.items():
-            found.append(Dial(head if alone else (*head, name), bank, f"{name} {bank.size}"))
-    return found
-
-
-def _at(data: Mapping[str, Any], keys: tuple[str, ...]) -> Mapping[str, Any]:
-    for key in keys:
-        data = data.get(key) or {}
-    return data
-
-
-def _of_rank(data: dict[str, Any], rank: int | None) -> dict[str, Any]:
-    """`data` with all sizes scaled as the first one, a rank, goes to `rank`."""
-    found = dials(catalog.parse(data))
-    return data if rank is None else _scaled(data, {d: d.at(rank / found[0].size) for d in found})
-
-
-def _scaled(data: Mapping[str, Any], sizes: Mapping[Dial, Size]) -> dict[str, Any]:
-    for dial, size in sizes.items():
-        data = catalog.override(data, dial.changes(size))
-    return dict(data)
-
 
 # ---- solving
 
@@ -199,13 +68,10 @@ def apply(cfg: RunConfig) -> tuple[RunConfig, Solution | None]:
         or cfg.budget.reference_length is not None
     ):
         return cfg, None
-    from moabench.benchmarks.config.run import digest
-    from moabench.benchmarks.machine import environment
-
     question = {
         "method": cfg.method,
         "model": dataclasses.asdict(cfg.model),
-        "weights": environment.model_fingerprint(cfg.model),
+        "weights": model_fingerprint(cfg.model),
         "budget": dataclasses.asdict(cfg.budget),
         "versions": environment.versions(("moabench", "torch", "transformers", "peft")),
         "batch": cfg.train.batch_size,
@@ -239,38 +105,13 @@ def solve(cfg: RunConfig) -> Solution:
     goal = Goal.read(cfg.budget.size)
     if cfg.budget.match != "params":
         return _length(cfg, goal)
-    skeleton = Skeleton(cfg)
+    skeleton = Skeleton(cfg.model)
     target = {
         "count": lambda: goal.value,
         "share": lambda: goal.value * skeleton.size,
         "method": lambda: skeleton.count(goal.method),
     }
     return _sizes(cfg, skeleton, target[goal.kind]())
-
-
-class Skeleton:
-    """The base model of a run without its weights: what a method adds to it."""
-
-    def __init__(self, cfg: RunConfig) -> None:
-        from moabench.benchmarks.bases.loading import skeleton
-
-        self._build = functools.partial(skeleton, cfg.model)
-        base = self._build()
-        self.size = sum(p.numel() for p in base.parameters())
-        self.layers = base.config.get_text_config().num_hidden_layers
-
-    def attached(self, data: Mapping[str, Any]) -> Any:
-        """A new copy of the base with a method on it, on the meta device: nothing that is done with it
-        computes anything."""
-        from moabench import methods
-
-        return methods.attach(self._build(), data).to("meta")
-
-    def count(self, data: Mapping[str, Any]) -> int:
-        """Trainable parameters of a method."""
-        from moabench import methods
-
-        return methods.param_count(self.attached(data))["trainable"]
 
 
 def _sizes(cfg: RunConfig, skeleton: Skeleton, target: float) -> Solution:
@@ -295,7 +136,7 @@ def _sizes(cfg: RunConfig, skeleton: Skeleton, target: float) -> Solution:
         )
     found = dials(method)
     # Every size is set, since a bank that sets none takes the main one's.
-    doubled = [_scaled(cfg.method, {d: d.at(2 if d is one else 1) for d in found}) for one in found]
+    doubled = [scaled(cfg.method, {d: d.at(2 if d is one else 1) for d in found}) for one in found]
     slopes = [(skeleton.count(data) - given) / total(d.size) for d, data in zip(found, doubled, strict=True)]
 
     def predicted(scale: float) -> float:
@@ -307,7 +148,7 @@ def _sizes(cfg: RunConfig, skeleton: Skeleton, target: float) -> Solution:
     while predicted(step := min(d.next(low) for d in found)) <= target:
         low = step
     sizes = [{d: d.at(scale) for d in found} for scale in (low, step)]
-    below, above = (_scaled(cfg.method, s) for s in sizes)
+    below, above = (scaled(cfg.method, s) for s in sizes)
     tried = [(skeleton.count(data), data, _listed(s)) for data, s in zip((below, above), sizes, strict=True)]
 
     def far(entry: tuple[int, dict, str]) -> float:
@@ -382,7 +223,7 @@ def _flops(cfg: RunConfig, datas: list[Mapping[str, Any]]) -> list[float]:
 
     found = []
     for data in datas:
-        model = Skeleton(cfg).attached(data)
+        model = Skeleton(cfg.model).attached(data)
         with FlopCounterMode(display=False) as counter:
             _step(model, torch.zeros(cfg.train.batch_size, LENGTH, dtype=torch.long, device="meta"))
         found.append(float(counter.get_total_flops()))
@@ -396,10 +237,10 @@ def _seconds(cfg: RunConfig, datas: list[Mapping[str, Any]]) -> list[float]:
 
     from moabench import methods
     from moabench.benchmarks.bases.loading import load_model
-    from moabench.benchmarks.run.run import set_globals
-    from moabench.benchmarks.speed.measure import interleaved, quartiles
+    from moabench.benchmarks.machine.globals import set_globals
+    from moabench.benchmarks.machine.timing import interleaved, quartiles
 
-    device, steps = set_globals(cfg), {}
+    device, steps = set_globals(**cfg.globals), {}
     for i, data in enumerate(datas):
         base, tokenizer = load_model(cfg.model, cfg.seed, device)
         model = methods.attach(base, data)
@@ -413,11 +254,8 @@ ROUNDS = 9
 
 
 def _step(model: Any, ids: Any) -> None:
-    """Forward and backward pass of one training step, auxiliary losses included; ids [B, L]."""
-    from moabench import methods
-    from moabench.benchmarks.speed.whole import facts
+    """Forward and backward pass of one training step; ids [B, L]."""
+    from moabench.benchmarks.training import step
 
     model.train().zero_grad(set_to_none=True)
-    with methods.record(model) as recorder:
-        loss = model(input_ids=ids, labels=ids, **facts(model, ids)).loss
-    (loss + sum(recorder.losses.values())).backward()
+    step.full(model, ids).backward()

@@ -11,16 +11,20 @@ the ratio of `lr_full` to `lr`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks.config.run import LoggerConfig, RunConfig, TaskConfig
+from moabench.benchmarks.config.run import RunConfig
+from moabench.benchmarks.config.sections import LoggerConfig, TaskConfig
 from moabench.benchmarks.machine import files, processes
 from moabench.benchmarks.machine.files import RunError
-from moabench.benchmarks.run import summary
 from moabench.benchmarks.tasks.rows import splits
 from moabench.methods.spec import ConfigError
+
+Judge = Callable[[RunConfig], float | None]
+"""Does a run and gives its mean accuracy."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,9 @@ class Trial:
     reason: str | None = None
 
 
-def tuned(cfg: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+def tuned(cfg: RunConfig, folder: Path, judge: Judge) -> tuple[RunConfig, dict[str, Any]]:
     """(`cfg` with the best rate of its grid, metrics of the tuning); `folder/tuning.json` records all trials.
+    judge: does one.
 
     Raises ConfigError where no evaluated task has training rows of its own, RunError where every trial fails.
     """
@@ -43,7 +48,7 @@ def tuned(cfg: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
             f"train.lr_grid={list(cfg.train.lr_grid)}: none of {', '.join(cfg.task.eval)} has a train "
             "split to hold rows out of."
         )
-    trials = [_trial(_at(cfg, lr, names, folder), lr) for lr in cfg.train.lr_grid]
+    trials = [_trial(_at(cfg, lr, names, folder), lr, judge) for lr in cfg.train.lr_grid]
     worked = [trial for trial in trials if trial.accuracy is not None]
     record = {"tasks": names, "trials": [vars(trial) for trial in trials]}
     if not worked:
@@ -79,13 +84,10 @@ def _with_rate(cfg: RunConfig, lr: float) -> RunConfig:
     return replace(cfg, train=replace(cfg.train, lr=lr, lr_full=lr * cfg.train.lr_full / cfg.train.lr))
 
 
-def _trial(cfg: RunConfig, lr: float) -> Trial:
-    from moabench.benchmarks.run.run import run
-
+def _trial(cfg: RunConfig, lr: float, judge: Judge) -> Trial:
     try:
-        metrics = run(cfg).metrics
+        return Trial(lr, judge(cfg))
     except (ConfigError, OSError):
         raise
     except RunError as error:
         return Trial(lr, None, str(error))
-    return Trial(lr, summary.accuracy(metrics))

@@ -7,8 +7,6 @@ is answered without it.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import platform
 import subprocess
 import sys
@@ -17,24 +15,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks import tasks
-from moabench.benchmarks.config.run import ModelConfig, RunConfig, digest
-from moabench.benchmarks.evaluation import forgetting
-
-from . import processes
-
 PACKAGES = (
     "moabench", "torch", "transformers", "peft", "accelerate", "lm_eval", "datasets", "tokenizers",
     "safetensors",
     "hydra-core", "wandb", "numpy", "scipy", "pandas", "pyarrow", "triton", "bitsandbytes",
 )  # fmt: skip
 
-WHOLE_FILE_BYTES = 64 * 2**20
-"""Larger weight files are fingerprinted by their size and both ends: reading 16 GB before every run would be
-a nuisance."""
 
-
-def describe(cfg: RunConfig, config_hash: str, inputs: dict[str, Any], device: str) -> dict[str, Any]:
+def describe(seed: int, config_hash: str, inputs: dict[str, Any], device: str) -> dict[str, Any]:
     """Content of environment.json."""
     from moabench.kernels import backend
 
@@ -47,7 +35,7 @@ def describe(cfg: RunConfig, config_hash: str, inputs: dict[str, Any], device: s
         "device_name": _device_name(device),
         "kernels": backend.describe(device),
         "threads": _threads(),
-        "seed": cfg.seed,
+        "seed": seed,
         "config_hash": config_hash,
         "inputs": inputs,
     }
@@ -107,75 +95,6 @@ def code_diff() -> str:
 
 
 DIFF_CHARACTERS = 2**20
-
-
-def inputs(cfg: RunConfig) -> dict[str, Any]:
-    """Fingerprints of the weights and of the rows that the run reads, and the number of its processes; part
-    of the run's hash. Raises ConfigError for bad data."""
-    found = {"model": model_fingerprint(cfg.model), "evaluation": evaluation_fingerprints(cfg)}
-    if cfg.parsed_method.tuner != "none":
-        found["training"] = training_fingerprint(cfg)
-    if processes.count() > 1:  # each has batches of its own, so that the same config is another run
-        found["processes"] = processes.count()
-    if cfg.forgetting not in ("auto", "none"):
-        found["held_out"] = digest(forgetting.held_out_texts(cfg))[:16]
-    return found
-
-
-def model_fingerprint(model: ModelConfig) -> str | None:
-    """SHA-256 (16 hex digits) of a folder's config, tokenizer and weights; None for a hub id: its name and
-    revision say it."""
-    if model.folder is None:
-        return None
-    content = hashlib.sha256()
-    patterns = (
-        ("tokenizer*.json",)
-        if model.kind == "random"
-        else ("config.json", "tokenizer*.json", "*.safetensors", "*.bin")
-    )
-    for file in sorted({f for pattern in patterns for f in model.folder.glob(pattern)}):
-        content.update(file.name.encode())
-        _update(content, file)
-    return content.hexdigest()[:16]
-
-
-def _update(content: Any, path: Path) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= WHOLE_FILE_BYTES:
-            content.update(file.read())
-            return
-        content.update(str(size).encode() + file.read(2**20))
-        file.seek(-(2**20), os.SEEK_END)
-        content.update(file.read())
-
-
-def evaluation_fingerprints(cfg: RunConfig) -> dict[str, str]:
-    """By task: SHA-256 (16 hex digits) of its protocol's version and of the rows it reports; for the hub, of
-    the pinned revision."""
-    from moabench.benchmarks.tasks.rows import reported_rows
-
-    found = {}
-    for name in cfg.task.eval:
-        task = tasks.get(name)
-        content = _pinned(cfg, name) if cfg.data.source == "hub" else reported_rows(name, cfg.data)
-        found[name] = digest([task.facts["version"], content])[:16]
-    return found
-
-
-def training_fingerprint(cfg: RunConfig) -> str:
-    """SHA-256 (16 hex digits) of the rows trained on, before any is dropped as leaked; for the hub, of the
-    pinned revisions."""
-    from moabench.benchmarks.data import mixes
-
-    if cfg.data.source == "hub":
-        parts = cfg.mix.parts or dict.fromkeys(cfg.task.eval)
-        return digest([_pinned(cfg, name) for name in parts])[:16]
-    return digest(mixes.training_rows(cfg.mix, cfg.task.eval, cfg.data, seed=0)[0])[:16]
-
-
-def _pinned(cfg: RunConfig, task: str) -> Any:
-    return [tasks.get(task).facts.get("hub"), cfg.data.revisions.get(task)]
 
 
 def _device_name(device: str) -> str:

@@ -18,12 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from moabench.methods.spec import ConfigError
-
 if TYPE_CHECKING:
     from torch import nn
-
-    from moabench.benchmarks.config.run import RunConfig
 
 
 def count() -> int:
@@ -41,48 +37,17 @@ def device(kind: str) -> str:
     return f"{kind}:{os.environ.get('LOCAL_RANK', 0)}"
 
 
-def start(cfg: RunConfig) -> None:
-    """Join the others; nothing alone. Raises ConfigError for what several processes cannot do, or one
-    alone."""
-    _check_shard(cfg)
+def join(wanted: str) -> None:
+    """Join the others; nothing alone. wanted: `device` of the config."""
     if count() == 1:
         return
-    if cfg.train.halve:
-        raise ConfigError(
-            "train.halve=true: expected false in a run of several processes; the others would wait "
-            "for the one that starts anew."
-        )
     import torch
 
     if not torch.distributed.is_initialized():
-        gpu = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
+        gpu = wanted.startswith("cuda") or (wanted == "auto" and torch.cuda.is_available())
         if gpu:
             torch.cuda.set_device(device("cuda"))
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
-
-
-def _check_shard(cfg: RunConfig) -> None:
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        raise ConfigError(
-            "accelerate launch --use_fsdp: expected shard=true on this command line instead, and no "
-            "--use_fsdp."
-        )
-    if not cfg.shard:
-        return
-    if count() == 1:
-        raise ConfigError(
-            "shard=true: expected several processes, as of torchrun --nproc-per-node 2 run.py ...; "
-            "this one is alone."
-        )
-    if cfg.model.quantize:
-        raise ConfigError(
-            f"shard=true: expected model.quantize=null, not {cfg.model.quantize}; a quantised base is "
-            "held whole."
-        )
-    method = cfg.parsed_method
-    if method.tuner == "full" or method.dora:
-        why = "trains the base itself" if method.tuner == "full" else "needs the norms of whole weights"
-        raise ConfigError(f"shard=true: expected another method than {method.name}, which {why}.")
 
 
 def shard(model: nn.Module, device: str) -> None:

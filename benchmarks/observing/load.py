@@ -1,7 +1,7 @@
 """Expert load and routing, counted while a model runs: sums per site that stay on the device until somebody
 reads them.
 
-    meter = Meter()
+    meter = LoadCounts()
     with record(model) as rec:
         model(**batch)
     meter.update(rec.routing, batch["input_ids"].shape)
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Sums:
-    """Sums over tokens of S sites of one kind."""
+class SiteCounts:
+    """SiteCounts over tokens of S sites of one kind."""
 
     sites: tuple[str, ...]
     experts: list[tuple[str, ...]]
@@ -47,11 +47,11 @@ class Sums:
 
 
 @dataclass
-class Meter:
+class LoadCounts:
     """Accumulates `{site: Routing}` of any number of forward passes. pairs: count co-activation and margins
     too, which costs more."""
 
-    groups: dict[tuple, Sums] = field(default_factory=dict)
+    groups: dict[tuple, SiteCounts] = field(default_factory=dict)
     pairs: bool = False
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class Meter:
         for kind, sites in kinds.items():
             self._add((*sites, kind[1]), _sums(tuple(sites), [routing[site] for site in sites], self.pairs))
 
-    def merge(self, other: Meter) -> None:
+    def merge(self, other: LoadCounts) -> None:
         """Adds what another meter counted."""
         for key, sums in other.groups.items():
             self._add(key, sums)
@@ -80,10 +80,10 @@ class Meter:
         """Every sum, in an order that is the same in all processes of a run."""
         return [sums.values[name] for sums in self.groups.values() for name in sorted(sums.values)]
 
-    def holding(self, tensors: Sequence[Tensor]) -> Meter:
+    def holding(self, tensors: Sequence[Tensor]) -> LoadCounts:
         """This meter with other sums, in the order of `tensors()`."""
         given = iter(tensors)
-        return Meter(
+        return LoadCounts(
             {
                 key: replace(s, values={name: next(given) for name in sorted(s.values)})
                 for key, s in self.groups.items()
@@ -92,18 +92,21 @@ class Meter:
         )
 
     def state(self) -> list[dict[str, Any]]:
-        """Plain data that `torch.save` writes and `Meter.from_state` reads."""
+        """Plain data that `torch.save` writes and `LoadCounts.from_state` reads."""
         return [vars(sums) | {"key": key} for key, sums in self.groups.items()]
 
     @classmethod
-    def from_state(cls, state: list[dict[str, Any]]) -> Meter:
+    def from_state(cls, state: list[dict[str, Any]]) -> LoadCounts:
         return cls(
-            {tuple(entry["key"]): Sums(**{k: v for k, v in entry.items() if k != "key"}) for entry in state}
+            {
+                tuple(entry["key"]): SiteCounts(**{k: v for k, v in entry.items() if k != "key"})
+                for entry in state
+            }
         )
 
-    def _add(self, key: tuple, sums: Sums) -> None:
+    def _add(self, key: tuple, sums: SiteCounts) -> None:
         if key not in self.groups:
-            self.groups[key] = Sums(
+            self.groups[key] = SiteCounts(
                 sums.sites, sums.experts, sums.soft, sums.unit, {k: v.clone() for k, v in sums.values.items()}
             )
             return
@@ -155,7 +158,7 @@ def once_a_sequence(r: Routing, shape: tuple[int, int]) -> Routing:
     return replace(r.map(lambda t: t[first + mask.int().argmax(1)]), mask=mask.any(1))
 
 
-def _sums(sites: tuple[str, ...], routings: list[Routing], pairs: bool) -> Sums:
+def _sums(sites: tuple[str, ...], routings: list[Routing], pairs: bool) -> SiteCounts:
     """The sums of one forward pass."""
     first = routings[0]
     weights = torch.stack([r.weights for r in routings]).float()  # [S, T, E]
@@ -191,7 +194,7 @@ def _sums(sites: tuple[str, ...], routings: list[Routing], pairs: bool) -> Sums:
     counts = {"tokens": tokens, "idle": idle, "assignments": assignments}
     values = {k: v.round().long() for k, v in counts.items()} | {k: v.double() for k, v in floats.items()}
     names = [tuple(r.experts) or tuple(map(str, range(experts))) for r in routings]
-    return Sums(sites, names, first.soft, first.granularity, values)
+    return SiteCounts(sites, names, first.soft, first.granularity, values)
 
 
 def _real(routings: list[Routing], weights: Tensor) -> Tensor:

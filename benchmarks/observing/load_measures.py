@@ -15,13 +15,13 @@ from moabench.analysis.measures import balance, specialisation
 from moabench.analysis.measures import routing as measure
 from moabench.analysis.measures.catalog import over_sites
 
-from .load import Meter, Sums, fetch, sequence_counts
+from .load import LoadCounts, SiteCounts, fetch, sequence_counts
 
 if TYPE_CHECKING:
     from moabench.methods import Routing
 
 
-def measures(meter: Meter) -> dict[str, float]:
+def measures(meter: LoadCounts) -> dict[str, float]:
     """`load/...` and `routing/...`: mean over sites, and `_worst`; of the assignment share, or for soft
     mixtures of the soft load."""
     values: dict[str, list[Tensor]] = {}
@@ -31,7 +31,7 @@ def measures(meter: Meter) -> dict[str, float]:
     return {key: v for name, parts in values.items() for key, v in over_sites(name, torch.cat(parts)).items()}
 
 
-def rows(meter: Meter, split: str, task: str, skill: str | None = None) -> list[dict[str, Any]]:
+def rows(meter: LoadCounts, split: str, task: str, skill: str | None = None) -> list[dict[str, Any]]:
     """One row per site and expert. `share` (f) is None for a soft mixture, where it would be 1/E whatever
     happens."""
     return [
@@ -39,7 +39,7 @@ def rows(meter: Meter, split: str, task: str, skill: str | None = None) -> list[
     ]
 
 
-def coactivation(meter: Meter, step: int) -> list[dict[str, Any]]:
+def coactivation(meter: LoadCounts, step: int) -> list[dict[str, Any]]:
     """Rows of matrices.parquet, for sparse mixtures whose meter counted pairs."""
     found = []
     for sums in _on_host(meter):
@@ -58,11 +58,11 @@ def matrix_rows(step: int, site: str, name: str, matrix: Tensor) -> list[dict[st
     ]
 
 
-def _on_host(meter: Meter) -> Iterator[Sums]:
+def _on_host(meter: LoadCounts) -> Iterator[SiteCounts]:
     yield from meter.holding(fetch(meter.tensors())).groups.values()
 
 
-def _measures(sums: Sums) -> dict[str, Tensor]:
+def _measures(sums: SiteCounts) -> dict[str, Tensor]:
     """Every load and routing measure [S] of one group on the host."""
     v, tokens = sums.values, sums.values["tokens"].double()
     share = balance.importance(v["members"]) if sums.soft else balance.assignment_share(v["assignments"])
@@ -92,7 +92,7 @@ def _measures(sums: Sums) -> dict[str, Tensor]:
     return found
 
 
-def _rows(sums: Sums, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _rows(sums: SiteCounts, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
     v, tokens = sums.values, sums.values["tokens"].unsqueeze(-1)
     per_expert = {
         "assignments": None if sums.soft else v["assignments"],

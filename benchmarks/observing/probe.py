@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from moabench.analysis.measures import representation
 from moabench.analysis.measures.catalog import over_sites
 from moabench.benchmarks.data import batches
-from moabench.benchmarks.evaluation.evaluate import undisturbed
 from moabench.benchmarks.machine import files
+from moabench.benchmarks.machine.globals import undisturbed
+from moabench.benchmarks.tasks.rows import Reader
 from moabench.methods.effects import can_run, has_low_rank
 from moabench.methods.spec import ConfigError
 from moabench.methods.tuner.architecture import decoder_layers
@@ -47,8 +48,19 @@ class Probe:
     """Everything the probes of one run found. `skills`: names in the order of their ids, for models that are
     told them."""
 
-    def __init__(self, cfg: RunConfig, model: nn.Module, tokenizer: Any, skills: Sequence[str] = ()):
-        self.set, self.sites, self.times = probe_set(cfg, tokenizer), cfg.probe.sites, cfg.probe.times
+    def __init__(
+        self,
+        cfg: RunConfig,
+        model: nn.Module,
+        tokenizer: Any,
+        skills: Sequence[str] = (),
+        reader: Reader | None = None,
+    ):
+        self.set, self.sites, self.times = (
+            probe_set(cfg, tokenizer, reader or Reader(cfg.data)),
+            cfg.probe.sites,
+            cfg.probe.times,
+        )
         number = {name: i for i, name in enumerate(skills)}
         examples = [
             replace(e, skill=number.get(skill, -1))

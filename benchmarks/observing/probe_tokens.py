@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moabench.benchmarks import tasks
-from moabench.benchmarks.config.run import digest
+from moabench.benchmarks.config.hashing import digest
 from moabench.benchmarks.data import batches
 from moabench.benchmarks.data.batches import Example
 from moabench.benchmarks.machine import files
-from moabench.benchmarks.tasks.rows import reported_rows
+from moabench.benchmarks.tasks.rows import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,10 +54,10 @@ class ProbeSet:
         return [{"ids": e.ids, "start": e.start, "task": task, "skill": skill} for e, task, skill in found]
 
 
-def probe_set(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ProbeSet:
+def probe_set(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, reader: Reader) -> ProbeSet:
     """The probe set of a config; also written to `<runs_dir>/.probes/<hash>.json`."""
     chosen, left = [], cfg.probe.tokens
-    asked = _in_turn(cfg)
+    asked = _in_turn(cfg, reader)
     while left and (some := list(islice(asked, CHUNK))):
         pairs = [(form.prompt(row), form.answer(row)) for _, form, row in some]
         for example, (name, _, row) in zip(batches.encode(tokenizer, pairs), some, strict=True):
@@ -74,10 +74,10 @@ def probe_set(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ProbeSet:
     return found
 
 
-def _in_turn(cfg: RunConfig) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+def _in_turn(cfg: RunConfig, reader: Reader) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """(task, form, row): the first row of each task, then the second of each ..."""
     columns = []
     for name in cfg.task.eval:
         form = tasks.get(name).form(cfg.protocol)
-        columns.append([(name, form, row) for row in reported_rows(name, cfg.data)])
+        columns.append([(name, form, row) for row in reader.reported(name)])
     return (entry for line in zip_longest(*columns) for entry in line if entry is not None)

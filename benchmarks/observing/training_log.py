@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import load_measures as readings
-from .load import Meter, fetch
+from . import load_measures
+from .load import LoadCounts, fetch
 
 
 @dataclass
-class Tally:
+class TrainingLog:
     """Losses, tokens and expert load since the last logged step (`recent`), and over the whole run."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Each part of the loss, summed over the steps since the last logged one."""
     recent_tokens: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     """Real tokens, padding excluded."""
-    recent: Meter = field(default_factory=Meter)
-    load: Meter = field(default_factory=Meter)
+    recent: LoadCounts = field(default_factory=LoadCounts)
+    load: LoadCounts = field(default_factory=LoadCounts)
     tokens: int = 0
     seconds: float = 0.0
     last_step: int = 0
@@ -53,7 +53,7 @@ class Tally:
         }
         row["loss/total"] = sum(row.values())
         row |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        row |= readings.measures(recent)
+        row |= load_measures.measures(recent)
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         self.load.merge(recent)
         self._forget()
@@ -79,7 +79,7 @@ class Tally:
             self.recent = recent.holding([torch.zeros_like(t) for t in recent.tensors()])
 
     def _forget(self) -> None:
-        self.losses, self.recent_tokens, self.recent = {}, torch.zeros_like(self.recent_tokens), Meter()
+        self.losses, self.recent_tokens, self.recent = {}, torch.zeros_like(self.recent_tokens), LoadCounts()
 
     def state(self) -> dict[str, Any]:
         """Plain data for `torch.save`; the clock is stopped for it and starts again with `restore`."""
@@ -94,7 +94,7 @@ class Tally:
         to the next row."""
         for key in ("losses", "recent_tokens", "tokens", "seconds", "last_step"):
             setattr(self, key, state[key])
-        self.recent, self.load = Meter.from_state(state["recent"]), Meter.from_state(state["load"])
+        self.recent, self.load = LoadCounts.from_state(state["recent"]), LoadCounts.from_state(state["load"])
         if processes() > 1 and torch.distributed.get_rank() > 0:
             self.losses = {name: torch.zeros_like(value) for name, value in self.losses.items()}
             self.recent_tokens = torch.zeros_like(self.recent_tokens)

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks.config.run import NOT_IN_HASH, RunConfig, digest
+from moabench.benchmarks.config.hashing import NOT_IN_HASH, digest
+from moabench.benchmarks.config.run import RunConfig
 
 
 def start(cfg: RunConfig, folder: Path, run_hash: str) -> Logger:

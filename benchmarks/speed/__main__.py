@@ -1,7 +1,8 @@
 """What a routed adapter costs: every rival in one process, interleaved, checked first, as ratios.
 
     python -m moabench.benchmarks.speed                         # all levels, the device's own sizes
-    python -m moabench.benchmarks.speed --quick                 # all levels at small sizes, under a minute on a
+    python -m moabench.benchmarks.speed --quick                 # all levels at small sizes, under a minute on
+                                                                a
                                                              CPU
     python -m moabench.benchmarks.speed linear --width 1024 --dtype bf16 --rivals torch PEFT --out DIR
     python -m moabench.benchmarks.speed model --methods molora mixlora --width 512 --rounds 9

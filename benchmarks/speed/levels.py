@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from moabench.benchmarks.machine.timing import interleaved
 from moabench.kernels import backend
 from moabench.methods import attach as attach_untrained
 from moabench.methods import catalog
@@ -21,7 +22,6 @@ from .measure import (
     Setting,
     Wanted,
     graphed,
-    interleaved,
     largest_error,
     launches_and_waits,
     relative_error,

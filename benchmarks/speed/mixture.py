@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moabench.methods as methods
+from moabench.benchmarks.machine.timing import interleaved
 from moabench.kernels import backend, lowrank
 from moabench.methods.router import decide
 
 from . import published_forms as forms
-from .measure import DTYPES, Options, Report, Setting, interleaved, largest_error, launches_and_waits
+from .measure import DTYPES, Options, Report, Setting, largest_error, launches_and_waits
 
 Function = Callable[[Tensor], Tensor]
 

@@ -1,8 +1,10 @@
 """What the harness costs beside the training itself.
 
-    python -m moabench.benchmarks.speed.overhead --rounds 15      counting load and routing, as a share of a train
+    python -m moabench.benchmarks.speed.overhead --rounds 15      counting load and routing, as a share of a
+                                                                  train
                                                             step
-    python -m moabench.benchmarks.speed.overhead --run            a whole run's seconds before its first step and
+    python -m moabench.benchmarks.speed.overhead --run            a whole run's seconds before its first step
+                                                                  and
                                                             after its last
 
 A row of the history every ten steps is included. Times of steps are CPU time of the process with one thread,
@@ -28,34 +30,34 @@ from torch import nn
 
 import moabench.methods as methods
 from moabench.benchmarks.bases.loading import load_model
-from moabench.benchmarks.config.run import ModelConfig
-from moabench.benchmarks.observing.training_log import Tally
+from moabench.benchmarks.config.sections import ModelConfig
+from moabench.benchmarks.machine.timing import interleaved
+from moabench.benchmarks.observing.training_log import TrainingLog
+from moabench.benchmarks.training import step
 from moabench.methods import catalog
-
-from .measure import interleaved
 
 
 def shares(
-    rounds: int, names: tuple[str, ...], batch: int = 16, length: int = 24
+    rounds: int, names: tuple[str, ...], sequences: int = 16, length: int = 24
 ) -> dict[str, tuple[float, float, float]]:
     """Of each method: the tally's share of a train step, seconds of a step and of counting it, on batches as
     short as the built-in questions."""
     base, _ = load_model(ModelConfig("tiny", kind="builtin"), 0, "cpu")
-    ids, result = torch.randint(0, base.config.vocab_size, (batch, length)), {}
+    ids, result = torch.randint(0, base.config.vocab_size, (sequences, length)), {}
     mask, found = torch.ones_like(ids), {}
+    batch = {"input_ids": ids, "labels": ids, "kept": length}
     for name in names:
-        model, tally = methods.attach(copy.deepcopy(base), catalog.raw(name)).train(), Tally()
+        model, tally = methods.attach(copy.deepcopy(base), catalog.raw(name)).train(), TrainingLog()
 
-        def step(model: nn.Module = model) -> None:
-            with methods.record(model) as found["recorder"]:
-                found["task"] = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
-            (found["task"] + sum(found["recorder"].losses.values())).backward()
+        def run(model: nn.Module = model) -> None:
+            found["losses"] = step.losses(model, batch | {"attention_mask": mask})
+            (found["losses"].task / ids.numel() + sum(found["losses"].auxiliary.values())).backward()
             model.zero_grad()
 
         count = functools.partial(
-            lambda tally: tally.add({"task": found["task"]}, mask, found["recorder"].routing), tally
+            lambda tally: tally.add({"task": found["losses"].task}, mask, found["losses"].routing), tally
         )
-        runs = {"step": step, "count": count, "row": functools.partial(tally.window, 1)}
+        runs = {"step": run, "count": count, "row": functools.partial(tally.window, 1)}
         seconds = {k: statistics.median(v) for k, v in interleaved(runs, rounds, torch.device("cpu")).items()}
         result[name] = (
             (seconds["count"] + seconds["row"] / 10) / seconds["step"],
@@ -69,7 +71,7 @@ def of_run(overrides: Sequence[str]) -> dict[str, float]:
     """Wall seconds of one run in this process, imports done: `before` the first step and `after` the last
     one, without what is asked for there, which is `evaluation` (base and trained model, all of it) and
     `probes`; `steps`, and `whole`."""
-    from moabench.benchmarks.config.run import composed
+    from moabench.benchmarks.config.overrides import composed
     from moabench.benchmarks.observing import probe
     from moabench.benchmarks.run import run as experiment
     from moabench.benchmarks.training import trainer
@@ -132,8 +134,8 @@ def main() -> None:
         )  # what the first run of a process imports and fills
         print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in of_run(args.run).items()))
         return
-    for name, (share, step, count) in shares(args.rounds, tuple(args.methods)).items():
-        print(f"{name:16s} {100 * share:5.1f} %   step {step * 1e3:7.1f} ms, count {count * 1e3:5.2f} ms")
+    for name, (share, whole, count) in shares(args.rounds, tuple(args.methods)).items():
+        print(f"{name:16s} {100 * share:5.1f} %   step {whole * 1e3:7.1f} ms, count {count * 1e3:5.2f} ms")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where sorting starts to pay on this machine: the constant c of `grouped.prefers_sorted`.
 
-    python -m moabench.benchmarks.speed.sorting                  # c for fp32 and bf16, and the ratios that it was read
+    python -m moabench.benchmarks.speed.sorting                  # c for fp32 and bf16, and the ratios that it
+                                                                 was read
                                                      from; seconds
     python -m moabench.benchmarks.speed.sorting --width 256 --threads 2
 

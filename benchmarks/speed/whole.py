@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 import moabench.methods as methods
+from moabench.benchmarks.training import step
 from moabench.kernels import backend
 from moabench.methods import catalog
 from moabench.methods.tuner.architecture import PEFT_NAMES
@@ -219,9 +220,7 @@ def train_step(rival: Rival, ids: Tensor) -> Tensor:
         if not any(p.requires_grad for p in model.parameters()):
             loss = model(inputs_embeds=model.get_input_embeddings()(ids).requires_grad_(), labels=ids).loss
         else:
-            with methods.record(model) as recorder:
-                loss = model(input_ids=ids, labels=ids, **facts(model, ids)).loss
-            loss = loss + sum(recorder.losses.values())
+            loss = step.full(model, ids)
         loss.backward()
     return loss.detach()
 

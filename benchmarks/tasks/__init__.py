@@ -15,7 +15,7 @@ two files that they include: `_choice.yaml` (compared by log-likelihood) and `_m
     extraction   generate: choice_word, number or letter (`extraction.py`)
     tokens       generate: how many at most; builtin_tokens: with data=builtin, whose answers are shorter
     local        folder of the task under data.root
-    hub          public data set: path, name, revision (a commit), reader (`benchmarks/hub.py`), splits (the
+    hub          public data set: path, name, revision (a commit), reader (`hub.py`), splits (the
                  labelled ones; a mapping where the hub calls them otherwise)
     unavailable  data source -> why this task cannot use it
     protocol     where the protocols come from
@@ -29,49 +29,28 @@ Nothing here imports lm-eval, so that a mistyped task name is an instant error.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from moabench.methods.spec import ConfigError, nearest
 
+from .file import FOLDER, TaskFile, load
 from .formats import FORMS, Form
 
-__all__ = ["PROTOCOLS", "Form", "Task", "get", "names", "resolve", "suites", "title"]
+__all__ = ["PROTOCOLS", "SETS", "Form", "Task", "get", "names", "resolve", "suites", "title"]
 
-FOLDER = Path(__file__).parent
 PROTOCOLS = tuple(FORMS)
 """loglikelihood, generate, label."""
 
+SETS = {"asdiv": "mawps", "mawps_asdiv_a": "mawps"}
+"""Local sets that are no task, for training, and the task whose forms their rows take. Some answers of asdiv
+are no numbers."""
+
 
 @dataclass(frozen=True)
-class Task:
-    """One task file."""
-
-    name: str
-    config: dict[str, Any] = field(repr=False)
-
-    @property
-    def split(self) -> str:
-        """The split that papers report."""
-        return self.config.get("test_split") or self.config["validation_split"]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return self.config["metadata"]
-
-    @property
-    def kind(self) -> str:
-        """choices, number or letter: what the rows must have."""
-        return self.facts["kind"]
-
-    @property
-    def native(self) -> str:
-        """The task's own protocol: the one that its file describes to lm-eval."""
-        return {"multiple_choice": "loglikelihood", "generate_until": "generate"}[self.config["output_type"]]
+class Task(TaskFile):
+    """One task."""
 
     def chance(self, protocol: str = "native") -> float:
         """Accuracy of guessing: 0 where a number is generated."""
@@ -142,7 +121,7 @@ def suites() -> dict[str, tuple[str, ...]]:
     """Suite -> its tasks, from the folder `suites/` (groups of lm-eval)."""
     found = {}
     for path in sorted((FOLDER / "suites").glob("*.yaml")):
-        group = _load(path)
+        group = load(path)
         found[group["group"]] = tuple(group["task"])
     return found
 
@@ -178,24 +157,7 @@ def _form(name: str, protocol: str, template: str | None) -> Form:
 
 @lru_cache
 def _read(name: str) -> Task:
-    config = _load(FOLDER / f"{name}.yaml")
+    config = load(FOLDER / f"{name}.yaml")
     if config["task"] != name:
         raise ConfigError(f"{name}.yaml: task={config['task']!r}, expected the name of its file.")
     return Task(name, config)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """A file over the one that it includes, `metadata` key by key; a task that includes none gets the
-    metadata of `_choice.yaml`."""
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    plain = "task" in config and "group" not in config and "include" not in config
-    base = _load(path.parent / config.pop("include", "_choice.yaml")) if plain or "include" in config else {}
-    metadata = {**base.get("metadata", {}), **(config.get("metadata") or {})}
-    return {**({} if plain else base), **config, **({"metadata": metadata} if metadata else {})}
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads lm-eval's `!function` as text: this module needs names, not callables."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))

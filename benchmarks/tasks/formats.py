@@ -14,15 +14,13 @@ import ast
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moabench.methods.spec import ConfigError, nearest
 
 from . import extraction
 from .extraction import Extracted
-
-if TYPE_CHECKING:
-    from . import Task
+from .file import FOLDER, TaskFile, load
 
 Row = dict[str, Any]
 
@@ -31,7 +29,7 @@ Row = dict[str, Any]
 class Form:
     """One task under one protocol."""
 
-    task: Task
+    task: TaskFile
     template: str
 
     protocol = ""
@@ -84,14 +82,12 @@ class Continuations(Form):
 
     protocol = "loglikelihood"
 
-    def __init__(self, task: Task, template: str | None = None):
+    def __init__(self, task: TaskFile, template: str | None = None):
         super().__init__(task, "lm_eval")
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        from . import FOLDER, _load
-
-        return self.task.config if self.task.native == "loglikelihood" else _load(FOLDER / "_choice.yaml")
+        return self.task.config if self.task.native == "loglikelihood" else load(FOLDER / "_choice.yaml")
 
     def prompt(self, row: Row) -> str:
         return self.requests(row)[row["label"]][0]
@@ -127,7 +123,7 @@ class Letters(Form):
 
     protocol = "label"
 
-    def __init__(self, task: Task, template: str | None = None):
+    def __init__(self, task: TaskFile, template: str | None = None):
         super().__init__(task, "letters")
 
     def prompt(self, row: Row) -> str:
@@ -171,7 +167,7 @@ class Instruction(Form):
 
     protocol = "generate"
 
-    def __init__(self, task: Task, template: str | None = None):
+    def __init__(self, task: TaskFile, template: str | None = None):
         if template not in (None, *TEMPLATES):
             raise ConfigError(
                 f"template={template!r}: expected one of "

@@ -30,14 +30,10 @@ from .hub import READERS
 
 SPLITS = ("train", "validation", "test")
 
-SETS = {"asdiv": "mawps", "mawps_asdiv_a": "mawps"}
-"""Local sets that are no task, for training, and the task whose forms their rows take. Some answers of asdiv
-are no numbers."""
-
 
 def load_rows(task: str, split: str, data: Any) -> list[dict[str, Any]]:
     """Rows of one split in the order of the source, the first `train_limit` or `eval_limit` of them. `task`
-    may be one of SETS.
+    may be one of tasks.SETS.
 
     data: the config group (source, root, train_limit, eval_limit, seed, world, revisions). Raises
     ConfigError.
@@ -54,18 +50,31 @@ def load_rows(task: str, split: str, data: Any) -> list[dict[str, Any]]:
     return [{**row, "task": found.name} for row in rows]
 
 
-def reported_rows(task: str, data: Any) -> list[dict[str, Any]]:
-    """The rows that a run evaluates on: those of the split that the task's file names, or with
-    `data.held_out` those that `is_held_out` says of its train split, the first `eval_limit` of them. Raises
-    ConfigError."""
-    if not getattr(data, "held_out", False):
-        return load_rows(task, tasks.get(task).split, data)
-    if "train" not in splits(task, data):
-        raise ConfigError(
-            f"data.held_out=True: task {task} with data.source={data.source} has no train split to "
-            "hold rows out of."
-        )
-    return [row for row in load_rows(task, "train", data) if is_held_out(row)][: data.eval_limit]
+class Reader:
+    """The rows of one `data` section, each split read once: what a run hashes is what it uses."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        self._kept: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+    def rows(self, task: str, split: str) -> list[dict[str, Any]]:
+        """As `load_rows`."""
+        if (task, split) not in self._kept:
+            self._kept[task, split] = load_rows(task, split, self.data)
+        return self._kept[task, split]
+
+    def reported(self, task: str) -> list[dict[str, Any]]:
+        """The rows that a run evaluates on: those of the split that the task's file names, or with
+        `data.held_out` those that `is_held_out` says of its train split, the first `eval_limit` of them.
+        Raises ConfigError."""
+        if not getattr(self.data, "held_out", False):
+            return self.rows(task, tasks.get(task).split)
+        if "train" not in splits(task, self.data):
+            raise ConfigError(
+                f"data.held_out=True: task {task} with data.source={self.data.source} has no train split to "
+                "hold rows out of."
+            )
+        return [row for row in self.rows(task, "train") if is_held_out(row)][: self.data.eval_limit]
 
 
 def is_held_out(row: dict[str, Any]) -> bool:
@@ -74,7 +83,7 @@ def is_held_out(row: dict[str, Any]) -> bool:
 
 
 def splits(task: str, data: Any) -> tuple[str, ...]:
-    """The splits that the source has for `task` (or a set of SETS), found without reading them."""
+    """The splits that the source has for `task` (or a set of tasks.SETS), found without reading them."""
     found = _available(task, data)
     if data.source == "local":
         folder = _local_folder(found, task, data.root)
@@ -91,8 +100,8 @@ def _available(task: str, data: Any) -> tasks.Task:
             f"data.source={data.source!r}: expected one of "
             f"{', '.join(_SOURCES)}.{nearest(data.source, _SOURCES)}"
         )
-    found = tasks.get(SETS.get(task, task))
-    if task in SETS and data.source != "local":
+    found = tasks.get(tasks.SETS.get(task, task))
+    if task in tasks.SETS and data.source != "local":
         raise ConfigError(f"data set {task} with data.source={data.source}: only data.source=local has it.")
     if reason := found.unavailable(data.source):
         possible = [s for s in _SOURCES if not found.unavailable(s)]
@@ -144,7 +153,7 @@ def _local_folder(task: tasks.Task, name: str, root: str | None) -> Path:
         raise ConfigError(
             f"data.root={root!r}: no such folder; expected one with <task>/<split>.jsonl files."
         )
-    folder = name if name in SETS else task.facts.get("local", name)
+    folder = name if name in tasks.SETS else task.facts.get("local", name)
     if not (base / folder).is_dir():
         there = [p.name for p in base.iterdir() if p.is_dir()]
         raise ConfigError(

@@ -22,7 +22,7 @@ from moabench.benchmarks import tasks
 from moabench.benchmarks.data import batches, cache, mixes
 from moabench.benchmarks.data.batches import Example
 from moabench.benchmarks.machine import processes
-from moabench.benchmarks.observing import load_measures as readings
+from moabench.benchmarks.observing import load_measures
 from moabench.methods.spec import ConfigError
 
 from .trainer import MixtureTrainer
@@ -30,7 +30,7 @@ from .trainer import MixtureTrainer
 if TYPE_CHECKING:
     from moabench.benchmarks.config.run import RunConfig
     from moabench.benchmarks.observing.probe import Probe
-    from moabench.benchmarks.observing.training_log import Tally
+    from moabench.benchmarks.observing.training_log import TrainingLog
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -98,7 +98,7 @@ def train(
         "train/accumulation": cfg.train.accumulation,
     }  # with train.halve not the config's
     return TrainResult(
-        metrics, history, readings.rows(trainer.tally.load, "train", f"{cfg.mix.name}@{cfg.data.source}")
+        metrics, history, load_measures.rows(trainer.tally.load, "train", f"{cfg.mix.name}@{cfg.data.source}")
     )
 
 
@@ -220,7 +220,10 @@ def _summary(history: list[dict[str, Any]], tally) -> dict[str, float]:
             "train/tokens": tally.tokens,
             "train/tokens_per_second": tally.tokens / tally.seconds,
         }
-        | {name.replace("/", "/train_", 1): value for name, value in readings.measures(tally.load).items()}
+        | {
+            name.replace("/", "/train_", 1): value
+            for name, value in load_measures.measures(tally.load).items()
+        }
     )
 
 
@@ -252,7 +255,7 @@ class _Progress(TrainerCallback):
 class Probing(TrainerCallback):
     """Measures at the probe's steps, and keeps what was found beside the checkpoints."""
 
-    def __init__(self, probe: Probe, tally: Tally, path: Path, resume: bool):
+    def __init__(self, probe: Probe, tally: TrainingLog, path: Path, resume: bool):
         self.probe, self.tally, self.path, self.resume = probe, tally, path, resume
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

@@ -10,15 +10,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer
 
-from moabench.benchmarks.data import batches
-from moabench.benchmarks.observing.training_log import Tally
-from moabench.methods import record
+from moabench.benchmarks.observing.training_log import TrainingLog
 from moabench.methods.spec import ConfigError
+
+from . import step
 
 
 class MixtureTrainer(Trainer):
@@ -30,7 +29,7 @@ class MixtureTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # answer tokens are counted over the whole accumulated batch, and `compute_loss` divides by that count
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
-        self.tally = Tally()
+        self.tally = TrainingLog()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`answer-token NLL / answer tokens in the accumulated batch + sum of auxiliary losses / accumulation
@@ -38,18 +37,13 @@ class MixtureTrainer(Trainer):
 
         Each part then has the same gradient however the batch is cut into forward passes.
         """
-        with record(self.model) as rec:
-            logits = batches.forward(model, inputs, inputs["kept"], inner=self.model)
-        nll = answer_nll(logits, inputs["labels"][:, -inputs["kept"] :])
-        parts = {
-            "task": nll / num_items_in_batch * self.accelerator.num_processes
-        }  # DDP averages over processes
-        parts |= {
-            name: value / self.current_gradient_accumulation_steps for name, value in rec.losses.items()
-        }
-        self.tally.add(parts, inputs["attention_mask"], rec.routing)
+        found = step.losses(model, inputs, inner=self.model)
+        # DDP averages over processes.
+        parts = {"task": found.task / num_items_in_batch * self.accelerator.num_processes}
+        parts |= {k: v / self.current_gradient_accumulation_steps for k, v in found.auxiliary.items()}
+        self.tally.add(parts, inputs["attention_mask"], found.routing)
         loss = sum(parts.values())
-        return (loss, logits) if return_outputs else loss
+        return (loss, None) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the tally counted since the last row; stops on a loss that is not finite."""
@@ -114,11 +108,3 @@ def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     kept = model.state_dict().keys()
     yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     yield from ((name, b) for name, b in model.named_buffers() if name in kept)
-
-
-def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the answer tokens' negative log-likelihoods, fp32. logits [B, L, V] at position i predict labels
-    [B, L] at i + 1."""
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-    )

@@ -86,9 +86,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config._attn_implementation = (
-        "eager"  # on CPU the fused kernel's backward takes longer than the rest of the step
-    )
+    # on CPU the fused kernel's backward takes longer than the rest of the step
+    config._attn_implementation = "eager"
     return LlamaForCausalLM(config)
 
 

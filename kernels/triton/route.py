@@ -1,5 +1,4 @@
-"""Triton kernels of routing: scores to weights with the expert load of the tile, and the gradient of the
-scores, one launch each.
+"""Triton kernels of routing: scores to weights, and the gradient of the scores, one launch each.
 
 Shapes: T tokens, G sites, E experts, H = E + ADAPTIVE scores, K selected. One program holds BM tokens of one
 site and all its experts. Everything is fp32; ties go to the lower index.
@@ -12,14 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moabench.kernels.route import SMALLEST, SUMS, TOTALS
-
 from .common import Tile, Variant
 
+SMALLEST = 1e-20
+"""Least sum that weights are divided by: rows whose selected weights sum to less get no gradient through
+them."""
 FLOOR = tl.constexpr(SMALLEST)
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-NUMBERS = tl.constexpr(len(SUMS))
-SIZES = tl.constexpr(len(TOTALS))
 
 
 @triton.jit
@@ -49,26 +46,22 @@ def _select(
 
 @triton.jit
 def forward_kernel(
-    scores, mask, weights, probs, tau, chosen, ids, sums, T, G, E, K, mass, bound, row_stride, site_stride,
+    scores, weights, probs, tau, chosen, ids, T, G, E, K, mass, bound, row_stride, site_stride,
     col_stride,
     SOFTMAX: tl.constexpr, SELECT: tl.constexpr, ADAPTIVE: tl.constexpr, SHIFTED: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    MASKED: tl.constexpr, STATS: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Weights and what belongs to them for BM tokens of site program_id(1); sums [programs, G, 5 E + 4] over
-    its real tokens."""
+    """Weights and what belongs to them for BM tokens of site program_id(1)."""
     tokens, g = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
     e = tl.arange(0, BE)
     live, inside = tokens < T, (e < E)[None, :]
     read = scores + tokens.to(tl.int64) * row_stride + g * site_stride
     z = tl.load(read[:, None] + e[None, :] * col_stride, mask=live[:, None] & inside, other=0.0)
     z = tl.where(inside, z, -float("inf"))
-    if SOFTMAX or STATS:
-        peak = tl.max(z, 1)
-        power = tl.exp(z - peak[:, None])
-        total = tl.sum(power, 1)
     if SOFTMAX:
-        p = power / total[:, None]
+        power = tl.exp(z - tl.max(z, 1)[:, None])
+        p = power / tl.sum(power, 1)[:, None]
     else:
         p = tl.where(inside, 1.0 / (1.0 + tl.exp(-z)), 0.0)
 
@@ -106,31 +99,6 @@ def forward_kernel(
     if RENORMALIZE:
         u = u / tl.maximum(tl.sum(u, 1), FLOOR)[:, None]
     tl.store(weights + out, u, mask=wide)
-
-    if STATS:
-        real = live
-        if MASKED:
-            real = live & (tl.load(mask + tokens, mask=live, other=0) != 0)
-        each = real[:, None] & inside
-        counted = (tokens >= 0)[:, None] & inside
-        if SELECT != "all":
-            counted = selected
-        share = p / tl.maximum(tl.sum(p, 1), TINY)[:, None]
-        member = u / tl.maximum(tl.sum(u, 1), TINY)[:, None]
-        entropy = -tl.sum(tl.where(share > 0, share * tl.log(share), 0.0), 1)
-        lse = peak + tl.log(total)
-        idle = tl.sum(tl.where(counted, 1, 0), 1) == 0
-        at = sums + (tl.program_id(0).to(tl.int64) * G + g) * (NUMBERS * E + SIZES)
-        tl.store(at + e, tl.sum(tl.where(each & counted, 1.0, 0.0), 0), mask=e < E)
-        tl.store(at + E + e, tl.sum(tl.where(each, u, 0.0), 0), mask=e < E)
-        tl.store(at + 2 * E + e, tl.sum(tl.where(each, member, 0.0), 0), mask=e < E)
-        tl.store(at + 3 * E + e, tl.sum(tl.where(each, p, 0.0), 0), mask=e < E)
-        tl.store(at + 4 * E + e, tl.sum(tl.where(each, share, 0.0), 0), mask=e < E)
-        at += NUMBERS * E
-        tl.store(at, tl.sum(tl.where(real, 1.0, 0.0), 0))
-        tl.store(at + 1, tl.sum(tl.where(real & idle, 1.0, 0.0), 0))
-        tl.store(at + 2, tl.sum(tl.where(real, entropy, 0.0), 0))
-        tl.store(at + 3, tl.sum(tl.where(real, lse * lse, 0.0), 0))
 
 
 @triton.jit
@@ -198,39 +166,32 @@ def tile(experts: int) -> Tile:
 
 @torch.library.custom_op("moabench::route", mutates_args=())
 def route(
-    scores: Tensor, mask: Tensor | None, stats: bool, activation: str, select: str, k: int, mass: float,
-    tau: float, adaptive: bool,
-    shifted: bool, renormalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """weights, probs [T, G, E], tau [T, G, 1], chosen [T, G, E] bool, ids [T, G, K] int64 and sums [parts, G,
-    5 E + 4] of scores [T, G, H] fp32 of any strides, mask [T] bool. What the rule does not have is empty:
-    probs and chosen where all are selected."""
+    scores: Tensor, activation: str, select: str, k: int, mass: float, tau: float, adaptive: bool,
+    shifted: bool,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """weights, probs [T, G, E], tau [T, G, 1], chosen [T, G, E] bool and ids [T, G, K] int64 of scores [T, G,
+    H] fp32 of any strides. What the rule does not have is empty: probs and chosen where all are selected."""
     tokens, sites, experts = scores.shape[0], scores.shape[1], scores.shape[2] - adaptive
     t = tile(experts)
-    parts = triton.cdiv(tokens, t.sizes["BM"])
-    outputs = _outputs(scores, stats, parts, select, k, adaptive)
-    weights, probs, taus, chosen, ids, sums = outputs
+    weights, probs, taus, chosen, ids = outputs = _outputs(scores, select, k, adaptive)
     if tokens and sites:
-        forward_kernel[(parts, sites)](
-            scores, scores if mask is None else mask.contiguous().view(torch.uint8), weights, probs, taus,
-            chosen.view(torch.uint8), ids,
-            sums, tokens, sites, experts, ids.shape[-1], mass, tau, *scores.stride(),
-            SOFTMAX=activation == "softmax", SELECT=select, ADAPTIVE=adaptive, SHIFTED=shifted,
-            RENORMALIZE=renormalize,
-            MASKED=mask is not None, STATS=stats, **t.sizes, num_warps=t.num_warps, num_stages=t.num_stages,
+        forward_kernel[(triton.cdiv(tokens, t.sizes["BM"]), sites)](
+            scores, weights, probs, taus, chosen.view(torch.uint8), ids, tokens, sites, experts,
+            ids.shape[-1],
+            mass, tau, *scores.stride(), SOFTMAX=activation == "softmax", SELECT=select, ADAPTIVE=adaptive,
+            SHIFTED=shifted, RENORMALIZE=renormalize, **t.sizes, num_warps=t.num_warps,
+            num_stages=t.num_stages,
         )  # fmt: skip
     return outputs
 
 
 @route.register_fake
-def _(scores, mask, stats, activation, select, k, mass, tau, adaptive, shifted, renormalize):
-    bm = tile(scores.shape[2] - adaptive).sizes["BM"]
-    return _outputs(scores, stats, (scores.shape[0] + bm - 1) // bm, select, k, adaptive)
+def _(scores, activation, select, k, mass, tau, adaptive, shifted, renormalize):
+    return _outputs(scores, select, k, adaptive)
 
 
-def _outputs(
-    scores: Tensor, stats: bool, parts: int, select: str, k: int, adaptive: bool
-) -> tuple[Tensor, ...]:
+def _outputs(scores: Tensor, select: str, k: int, adaptive: bool) -> tuple[Tensor, ...]:
     tokens, sites, experts = scores.shape[0], scores.shape[1], scores.shape[2] - adaptive
     some = experts if select != "all" else 0
     return (
@@ -239,7 +200,6 @@ def _outputs(
         scores.new_empty(tokens, sites, int(select == "threshold")),
         scores.new_empty(tokens, sites, some, dtype=torch.bool),
         scores.new_empty(tokens, sites, k if select == "top_k" else 0, dtype=torch.int64),
-        scores.new_empty(parts if stats else 0, sites, len(SUMS) * experts + len(TOTALS)),
     )
 
 
@@ -313,8 +273,7 @@ def variants(dtype: torch.dtype) -> list[Variant]:
             "RENORMALIZE": renormalize,
         }
         for experts in (2, 8, 64):
-            types = dict.fromkeys(("scores", "weights", "probs", "tau", "sums"), wide) | {
-                "mask": "*u8",
+            types = dict.fromkeys(("scores", "weights", "probs", "tau"), wide) | {
                 "chosen": "*u8",
                 "ids": "*i64",
             }
@@ -322,7 +281,7 @@ def variants(dtype: torch.dtype) -> list[Variant]:
                 "mass": "fp32",
                 "bound": "fp32",
             }
-            constants = same | {"MASKED": True, "STATS": True, "col_stride": 1}
+            constants = same | {"col_stride": 1}
             found.append(
                 Variant(
                     f"route {name} E{experts}",

@@ -44,9 +44,8 @@ class Threshold(GateNetwork):
         if not self.dynamic:
             return gates
         head = (p["threshold_weight"], p["threshold_bias"])
-        if (
-            self.grad == "none"
-        ):  # no gradient at all, so that an optimiser leaves the head alone, weight decay included
+        # no gradient at all, so that an optimiser leaves the head alone, weight decay included
+        if self.grad == "none":
             x, head = x.detach(), tuple(t.detach() for t in head)
         return torch.cat([gates, F.linear(x, *head)], dim=-1)  # the last column is tau's
 

@@ -259,14 +259,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         the experts are given it."""
         if bias is not None:
             scores = scores + bias
-        mask, stats = self.context.mask, self.context.recorder is not None and backend.triton_for(scores)
-        routing = decide(
-            term.mixture.router,
-            scores.view(scores.shape[0], len(term.places), -1),
-            self.training,
-            mask,
-            stats,
-        )
+        by_site = scores.view(scores.shape[0], len(term.places), -1)
+        routing = decide(term.mixture.router, by_site, self.training)
         self._record(term.mixture, [p.role for p in term.places], routing)
         if not self.context.changes:
             return routing

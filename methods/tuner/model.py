@@ -196,9 +196,8 @@ class MixtureModel(BaseTuner):
         count = tokens.shape[0]
         if given is None and self.generating_skills is not None:
             given = self.generating_skills
-            if (
-                given.dim() == 1 and len(given) and count % len(given) == 0
-            ):  # beams and returned sequences of a prompt lie together
+            # beams and returned sequences of a prompt lie together
+            if given.dim() == 1 and len(given) and count % len(given) == 0:
                 given = given.repeat_interleave(count // len(given))
         return None if given is None else checked_skills(given, count).to(tokens.device)
 

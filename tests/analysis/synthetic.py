@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moabench.benchmarks.config.run import digest
+from moabench.benchmarks.config.hashing import digest
 from moabench.benchmarks.machine import files
 
 CONFIG = {

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from moabench import methods
-from moabench.benchmarks.config.run import DataConfig, ModelConfig, RunConfig, TaskConfig, TrainConfig
+from moabench.benchmarks.config.run import RunConfig
+from moabench.benchmarks.config.sections import DataConfig, ModelConfig, TaskConfig, TrainConfig
 from moabench.methods import catalog
 
 TEXT = "red fox sleeps under old stone bridge while green river carries many small boats past quiet town"

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from moabench.benchmarks import tasks
-from moabench.benchmarks.config.run import DataConfig
+from moabench.benchmarks.config.sections import DataConfig
 from moabench.benchmarks.data import batches
 from moabench.benchmarks.data.batches import Example
 from moabench.benchmarks.tasks.rows import load_rows

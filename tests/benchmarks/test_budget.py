@@ -13,14 +13,16 @@ from torch import nn
 
 from moabench import methods
 from moabench.benchmarks.bases.loading import load_model
+from moabench.benchmarks.bases.skeleton import Skeleton
+from moabench.benchmarks.config.budget import BudgetConfig, Goal
 from moabench.benchmarks.config.run import run_hash
 from moabench.benchmarks.fairness import budget
-from moabench.benchmarks.fairness.budget import BudgetConfig, Goal
 from moabench.benchmarks.run.run import run
 from moabench.methods import catalog
+from moabench.methods.sizes import dials, sized
 from moabench.methods.spec import ConfigError
 
-SIZED = budget.sized()
+SIZED = sized()
 LORA_37 = 37 * (4 * (256 + 256) + 704 + 256) * 6
 """LoRA of rank 37 on q, k, v, o and down of the shipped model, by hand."""
 
@@ -45,7 +47,7 @@ def test_proportions_scales_and_numbers_of_experts_stay(name, tmp_path):
     after = solved(tmp_path, f"method={name}", "budget.size=lora_r37")[0].parsed_method
     for variant in (after, *(method for _, method in after.layers)):
         ratios = []
-        for old, new in zip(budget.dials(before), budget.dials(variant) or budget.dials(after), strict=True):
+        for old, new in zip(dials(before), dials(variant) or dials(after), strict=True):
             assert new.bank.n == old.bank.n
             ratios.append((new.size / old.size, 1 / old.size))
             if hasattr(old.bank, "scales") and not old.bank.rslora:
@@ -61,14 +63,14 @@ def test_a_solved_config_is_its_own_solution(tmp_path):
         cfg, _ = solved(tmp_path, f"method={name}", "budget.size=lora_r37")
         again, solution = budget.apply(cfg)
         assert again.method == cfg.method and run_hash(again) == run_hash(cfg)
-        assert solution.reached == methods.param_count(budget.Skeleton(cfg).attached(cfg.method))["trainable"]
+        assert solution.reached == methods.param_count(Skeleton(cfg.model).attached(cfg.method))["trainable"]
 
 
 def test_some_layers_take_what_a_whole_step_of_the_size_is_too_coarse_for(tmp_path):
     cfg, solution = solved(tmp_path, "method=mixlora", "budget.size=lora_r37")
     ((span, larger),) = cfg.parsed_method.layers
     assert 0 < len(span) < 6 and all(0 <= layer < 6 for layer in span)
-    sizes = [d.size for d in budget.dials(cfg.parsed_method)]
+    sizes = [d.size for d in dials(cfg.parsed_method)]
     assert [bank.r for m in larger.mixtures for bank in m.banks.values()] == [size + 1 for size in sizes]
     assert "in layers" in solution.words
 
@@ -153,7 +155,7 @@ def test_flops_are_those_of_the_operators(tmp_path):
     """LoRA against a LoRA of four times the rank: the ratio of two counts by hand."""
     cfg = composed("method=lora", "budget.size=lora_r64", "budget.match=flops", f"runs_dir={tmp_path}")
     ours, reference = budget._flops(cfg, [cfg.method, Goal.read("lora_r64").method])
-    skeleton, tokens = budget.Skeleton(cfg), cfg.train.batch_size * budget.LENGTH
+    skeleton, tokens = Skeleton(cfg.model), cfg.train.batch_size * budget.LENGTH
     small, large = (
         _flops_by_hand(skeleton.attached(data), tokens) for data in (cfg.method, Goal.read("lora_r64").method)
     )

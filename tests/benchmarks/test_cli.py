@@ -14,7 +14,8 @@ import pytest
 from moabench.benchmarks import tasks
 from moabench.benchmarks.command import cli
 from moabench.benchmarks.config import overrides
-from moabench.benchmarks.config.run import CONF, RunConfig, groups
+from moabench.benchmarks.config.choices import CONF, groups
+from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.run.folder import find
 from moabench.methods.spec import ConfigError
 

@@ -9,8 +9,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from moabench.benchmarks import tasks
-from moabench.benchmarks.config import run as config
-from moabench.benchmarks.config.run import CONF, RunConfig, TaskConfig, groups, run_hash
+from moabench.benchmarks.config import choices
+from moabench.benchmarks.config.choices import CONF, groups
+from moabench.benchmarks.config.run import RunConfig, run_hash
+from moabench.benchmarks.config.sections import TaskConfig
 from moabench.methods.spec import ConfigError
 
 NEEDS = {("data", "local"): ["data.root=somewhere"]} | {
@@ -203,11 +205,12 @@ def test_config_survives_its_own_file(tmp_path):
 
 
 LIGHT = (
-    "methods", "methods.spec", "methods.catalog", "benchmarks", "benchmarks.cli", "benchmarks.config",
-    "benchmarks.overrides",
-    "benchmarks.files", "benchmarks.runs", "benchmarks.environment", "benchmarks.summary",
-    "benchmarks.loggers", "benchmarks.experiment",
-    "benchmarks.model", "benchmarks.data", "benchmarks.mixes", "benchmarks.leakage", "benchmarks.world",
+    "methods", "methods.spec", "methods.catalog", "methods.sizes", "benchmarks.command.cli",
+    "benchmarks.command.runs", "benchmarks.config.run", "benchmarks.config.overrides",
+    "benchmarks.machine.files", "benchmarks.machine.environment", "benchmarks.machine.globals",
+    "benchmarks.run.run", "benchmarks.run.folder", "benchmarks.run.summary", "benchmarks.run.loggers",
+    "benchmarks.run.prepared", "benchmarks.bases.loading", "benchmarks.tasks.rows", "benchmarks.data.mixes",
+    "benchmarks.fairness.leakage", "benchmarks.fairness.budget", "benchmarks.world",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "lm_eval", "wandb", "pandas", "datasets", "accelerate")
 
@@ -228,5 +231,5 @@ for name in {LIGHT}:
 def test_groups_come_from_folders(tmp_path, monkeypatch):
     (tmp_path / "mix").mkdir()
     (tmp_path / "mix" / "new.yaml").write_text("name: new\n")
-    monkeypatch.setattr(config, "CONF", tmp_path)
-    assert config.groups() == {"mix": ["new"]}
+    monkeypatch.setattr(choices, "CONF", tmp_path)
+    assert choices.groups() == {"mix": ["new"]}

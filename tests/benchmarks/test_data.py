@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from moabench.benchmarks import tasks
-from moabench.benchmarks.config.run import DataConfig
+from moabench.benchmarks.config.sections import DataConfig
 from moabench.benchmarks.tasks import rows as data
 from moabench.methods.spec import ConfigError
 

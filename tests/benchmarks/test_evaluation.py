@@ -14,12 +14,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from moabench.benchmarks import tasks
-from moabench.benchmarks.config.run import DataConfig
+from moabench.benchmarks.config.sections import DataConfig
 from moabench.benchmarks.data import batches
 from moabench.benchmarks.evaluation import scoring
 from moabench.benchmarks.evaluation.evaluate import MaskedLM, evaluate, load_tasks
 from moabench.benchmarks.machine import files
-from moabench.benchmarks.tasks.rows import load_rows
+from moabench.benchmarks.tasks.rows import Reader, load_rows
 from moabench.methods import capture_routing, catalog
 from moabench.methods.spec import ConfigError
 
@@ -33,7 +33,7 @@ SKILLS = ("none", "other")
 def requests(config):
     """Every log-likelihood request of the evaluation: ragged prompts and answers, some of one token."""
     found = []
-    for task in load_tasks(("arc_easy", "arc_challenge"), config.data).values():
+    for task in load_tasks(("arc_easy", "arc_challenge"), Reader(config.data)).values():
         task.build_all_requests(rank=0, world_size=1)
         found += task.instances
     return found
@@ -336,7 +336,7 @@ def test_requests_and_scores_equal_those_of_the_task_file_in_plain_lm_eval(name)
     log-likelihoods."""
     from lm_eval.tasks import TaskManager
 
-    ours = load_tasks((name,), DataConfig("builtin", eval_limit=20))[name]
+    ours = load_tasks((name,), Reader(DataConfig("builtin", eval_limit=20)))[name]
     manager = TaskManager(
         include_path=str(tasks.FOLDER),
         include_defaults=False,

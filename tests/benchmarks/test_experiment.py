@@ -12,14 +12,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moabench.benchmarks.config.run import CONF, RunConfig, run_hash
-from moabench.benchmarks.evaluation import evaluate as evaluation
+from moabench.benchmarks.bases.adapters import load_adapter
+from moabench.benchmarks.config.choices import CONF
+from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.evaluation import scoring
-from moabench.benchmarks.machine.environment import inputs
 from moabench.benchmarks.machine.files import RunError, StorageError, read_json
 from moabench.benchmarks.run import run as experiment
+from moabench.benchmarks.run import stages
 from moabench.benchmarks.run.folder import find
-from moabench.benchmarks.training import train as training
+from moabench.benchmarks.run.out_of_memory import OutOfMemory
+from moabench.benchmarks.run.prepared import Prepared
 from moabench.benchmarks.training import trainer
 from moabench.methods.spec import ConfigError
 
@@ -62,8 +64,8 @@ def calls(monkeypatch) -> list[str]:
 
         monkeypatch.setattr(module, name, call)
 
-    counted(evaluation, "evaluate")
-    counted(training, "train")
+    counted(stages.evaluate, "evaluate")
+    counted(stages.train, "train")
     return done
 
 
@@ -71,7 +73,7 @@ def failing(monkeypatch, error: BaseException) -> None:
     def train(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(stages.train, "train", train)
 
 
 # ---- what is recorded
@@ -101,7 +103,7 @@ def test_the_record_is_complete(tmp_path):
     assert len(tables["samples"]) == 12
     assert not (outcome.folder / "checkpoints").exists()
     saved = RunConfig.from_composed(OmegaConf.to_container(OmegaConf.load(outcome.folder / "config.yaml")))
-    assert outcome.folder.name.endswith(run_hash(saved, inputs(saved))[:8])
+    assert outcome.folder.name.endswith(Prepared(saved).hash[:8])
 
 
 HEADLINES = {
@@ -429,12 +431,12 @@ def test_a_failed_run_stays_with_its_reason_and_is_tried_again(tmp_path, monkeyp
         ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-            experiment.OutOfMemory,
+            OutOfMemory,
             "failed",
         ),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-            experiment.OutOfMemory,
+            OutOfMemory,
             "failed",
         ),
         (ConfigError("loss/task=nan at step 3: expected a finite loss."), RunError, "failed"),
@@ -530,7 +532,7 @@ def test_a_run_that_fills_the_memory_late_goes_on_from_its_checkpoint(tmp_path, 
 def test_nothing_is_halved_unasked_or_below_one_sequence(tmp_path, monkeypatch):
     holding(monkeypatch, 0)
     for more in ((), ("train.halve=true",)):
-        with pytest.raises(experiment.OutOfMemory, match="out of memory"):
+        with pytest.raises(OutOfMemory, match="out of memory"):
             experiment.run(config(tmp_path, *HALVES, *more))
     (folder,) = find(tmp_path)
     status = read_json(folder / "status.json")
@@ -561,14 +563,14 @@ def test_a_trained_adapter_loads_on_its_base_only(tmp_path, method):
     base, tokenizer = load_model(cfg.model, cfg.seed, "cpu")
     ids = tokenizer("Question: what?", return_tensors="pt").input_ids
     plain = base(ids).logits
-    adapted = experiment.load_adapter(base, folder).eval()
+    adapted = load_adapter(base, folder).eval()
     assert not torch.allclose(adapted(ids).logits, plain)
     for size in ("layers=3", "hidden=32", "intermediate=64"):
         other, _ = load_model(config(tmp_path, f"model.random.{size}").model, 0, "cpu")
         with pytest.raises(ConfigError, match="made for random_tiny"):
-            experiment.load_adapter(other, folder)
+            load_adapter(other, folder)
 
 
 def test_a_folder_that_is_no_adapter(tmp_path, llama):
     with pytest.raises(ConfigError, match=r"no adapter_config\.json"):
-        experiment.load_adapter(llama, tmp_path)
+        load_adapter(llama, tmp_path)

@@ -16,7 +16,9 @@ from test_cli import moabench
 from test_config import composed
 
 from moabench.benchmarks.command import cli
-from moabench.benchmarks.config.run import CONF, ExperimentConfig, RunConfig, groups, run_hash
+from moabench.benchmarks.config.choices import CONF, groups
+from moabench.benchmarks.config.run import RunConfig, run_hash
+from moabench.benchmarks.config.study import ExperimentConfig
 from moabench.benchmarks.machine.files import read_json
 from moabench.benchmarks.run.folder import find
 from moabench.methods.spec import ConfigError

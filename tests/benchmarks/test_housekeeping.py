@@ -12,9 +12,11 @@ from test_config import composed
 
 from moabench.benchmarks.command import cli
 from moabench.benchmarks.command import runs as housekeeping
-from moabench.benchmarks.config.run import RunConfig, groups, run_hash
+from moabench.benchmarks.config.choices import groups
+from moabench.benchmarks.config.run import RunConfig, run_hash
 from moabench.benchmarks.machine import files
 from moabench.benchmarks.run import run as experiment
+from moabench.benchmarks.run.out_of_memory import OutOfMemory
 from moabench.methods.spec import ConfigError, build
 
 SMALL = [
@@ -131,8 +133,8 @@ def test_retry_does_the_failed_ones_again(runs_dir, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: out of memory")
 
-    monkeypatch.setattr(experiment, "_measure", full)
-    with pytest.raises(experiment.OutOfMemory):
+    monkeypatch.setattr(experiment, "_through", full)
+    with pytest.raises(OutOfMemory):
         experiment.run(cfg)
     monkeypatch.undo()
     (path,) = runs_dir.glob("arc_easy-lora*")

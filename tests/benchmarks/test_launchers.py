@@ -12,7 +12,7 @@ from test_cli import moabench
 
 from moabench.benchmarks.command.runs import unequal
 from moabench.benchmarks.config import overrides
-from moabench.benchmarks.config.run import CONF
+from moabench.benchmarks.config.choices import CONF
 from moabench.benchmarks.machine.files import read_json
 from moabench.benchmarks.run.folder import find
 from moabench.methods.spec import ConfigError

@@ -13,7 +13,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moabench.benchmarks.config.run import CONF, RunConfig
+from moabench.benchmarks.config.choices import CONF
+from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.machine import files
 from moabench.benchmarks.run import loggers
 

@@ -12,9 +12,9 @@ import torch.multiprocessing
 from moabench.analysis.measures import catalog as measures
 from moabench.analysis.measures import optimisation, specialisation
 from moabench.analysis.measures import routing as measure
-from moabench.benchmarks.observing import load_measures as readings
-from moabench.benchmarks.observing.load import Meter, fetch, sequence_counts
-from moabench.benchmarks.observing.training_log import Tally
+from moabench.benchmarks.observing import load_measures
+from moabench.benchmarks.observing.load import LoadCounts, fetch, sequence_counts
+from moabench.benchmarks.observing.training_log import TrainingLog
 from moabench.methods import Routing
 
 
@@ -26,17 +26,17 @@ def routing(weights, chosen=None, mask=None, **kwargs):
 
 def test_the_meter_counts_real_tokens_only():
     weights = torch.tensor([[0.5, 0.5, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]])
-    meter, mask = Meter(), torch.tensor([True, True, False, True])
+    meter, mask = LoadCounts(), torch.tensor([True, True, False, True])
     meter.update({"a": routing(weights, weights > 0, mask), "b": routing(weights, weights > 0)}, (2, 2))
-    a, b = ([row for row in readings.rows(meter, "train", "t") if row["site"] == site] for site in "ab")
+    a, b = ([row for row in load_measures.rows(meter, "train", "t") if row["site"] == site] for site in "ab")
     assert [row["assignments"] for row in a] == [2, 1, 0]
     assert [row["usage"] for row in a] == pytest.approx([2 / 3, 1 / 3, 0])
     assert [row["share"] for row in a] == pytest.approx([2 / 3, 1 / 3, 0])
     assert [row["importance"] for row in a] == pytest.approx([0.75, 0.25, 0])
     assert {(row["tokens"], row["dropped_share"]) for row in a} == {(3, 1 / 3)}
     assert [row["assignments"] for row in b] == [2, 1, 1] and b[0]["tokens"] == 4
-    assert readings.measures(meter)["load/mean_active"] == pytest.approx((1 + 1) / 2)
-    assert readings.measures(meter)["load/dead_share_worst"] == pytest.approx(1 / 3)
+    assert load_measures.measures(meter)["load/mean_active"] == pytest.approx((1 + 1) / 2)
+    assert load_measures.measures(meter)["load/dead_share_worst"] == pytest.approx(1 / 3)
 
 
 def test_the_meter_sums_before_it_divides_and_merging_is_counting_on():
@@ -45,26 +45,26 @@ def test_the_meter_sums_before_it_divides_and_merging_is_counting_on():
     for length in (3, 50, 7):  # ratios of batches of unequal length must not be averaged
         probs = torch.randn(length, 4, generator=generator).softmax(-1)
         passes.append(routing(probs, probs > 0.2, probs=probs))
-    whole, one, two = Meter(), Meter(), Meter()
+    whole, one, two = LoadCounts(), LoadCounts(), LoadCounts()
     joined = Routing(*(torch.cat([getattr(r, k) for r in passes]) for k in ("weights", "chosen", "probs")))
     whole.update({"s": joined}, (1, 60))
     for meter, part in ((one, passes[:1]), (two, passes[1:])):
         for r in part:
             meter.update({"s": r}, (1, len(r.weights)))
     one.merge(two)
-    measures, expected = readings.measures(one), readings.measures(whole)
+    measures, expected = load_measures.measures(one), load_measures.measures(whole)
     for key in expected.keys() - {"load/max_vio_batch", "load/max_vio_batch_worst"}:
         assert measures[key] == pytest.approx(expected[key], rel=1e-6), key
     assert (
         measures["load/max_vio_batch"] > expected["load/max_vio"]
     )  # small batches are less balanced than their union
-    restored = Meter.from_state(one.state())
-    assert readings.rows(restored, "a", "b") == readings.rows(one, "a", "b")
+    restored = LoadCounts.from_state(one.state())
+    assert load_measures.rows(restored, "a", "b") == load_measures.rows(one, "a", "b")
 
 
 def test_no_gradient_reaches_the_meter():
     weights = torch.rand(4, 3, requires_grad=True)
-    meter = Meter()
+    meter = LoadCounts()
     meter.update({"s": routing(weights)}, (1, 4))
     assert not any(v.requires_grad for sums in meter.groups.values() for v in sums.values.values())
 
@@ -74,24 +74,27 @@ def test_a_router_that_decides_once_a_sequence_is_counted_once_a_sequence():
     is all padding."""
     gates = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
     mask = torch.tensor([[False, True, True], [True, False, False], [False, False, False]])
-    meter = Meter()
+    meter = LoadCounts()
     meter.update(
         {"s": routing(gates.repeat_interleave(3, 0), mask=mask.flatten(), granularity="sequence")}, (3, 3)
     )
-    rows = readings.rows(meter, "test", "t")
+    rows = load_measures.rows(meter, "test", "t")
     assert [row["mean_weight"] for row in rows] == pytest.approx([0.55, 0.45])
     assert {(row["tokens"], row["unit"]) for row in rows} == {(2, "sequence")}
 
 
 def test_a_soft_mixture_reports_no_assignment_share():
-    meter = Meter()
+    meter = LoadCounts()
     meter.update({"s": routing([[0.9, 0.1], [0.8, 0.0]])}, (1, 2))
-    rows = readings.rows(meter, "test", "t")
+    rows = load_measures.rows(meter, "test", "t")
     assert {(row["share"], row["usage"], row["assignments"]) for row in rows} == {(None, None, None)}
     assert [row["soft_share"] for row in rows] == pytest.approx([0.95, 0.05])
     assert [row["importance"] for row in rows] == pytest.approx([1.7 / 1.8, 0.1 / 1.8])
-    assert not {"load/mean_active", "load/dead_share", "load/dropped_share"} & readings.measures(meter).keys()
-    assert readings.measures(meter)["load/gate_mass"] == pytest.approx(0.9)
+    assert (
+        not {"load/mean_active", "load/dead_share", "load/dropped_share"}
+        & load_measures.measures(meter).keys()
+    )
+    assert load_measures.measures(meter)["load/gate_mass"] == pytest.approx(0.9)
 
 
 def drawn(tokens, experts=4, k=None, seed=0, padded=True):
@@ -110,10 +113,10 @@ def test_streaming_agrees_with_all_tokens_at_once(k):
     """Quantiles, margins, co-activation and scale, over batches of unequal length, against the measures of
     the joined real tokens."""
     passes = [drawn(length, k=k, seed=length) for length in (30, 1200, 500)]
-    meter = Meter(pairs=True)
+    meter = LoadCounts(pairs=True)
     for r in passes:
         meter.update({"s": r}, (1, len(r.weights)))
-    found = readings.measures(meter)
+    found = load_measures.measures(meter)
     probs, logits = (torch.cat([getattr(r, name)[r.mask] for r in passes]) for name in ("probs", "logits"))
     entropy = measure.router_entropy(probs)
     assert found["load/router_entropy"] == pytest.approx(entropy.mean().item(), rel=1e-5)
@@ -131,7 +134,7 @@ def test_streaming_agrees_with_all_tokens_at_once(k):
         assert found["routing/margin_q10"] == pytest.approx(
             measure.margin(probs, k).quantile(0.1).item(), abs=1 / 64
         )
-        rows = readings.coactivation(meter, step=3)
+        rows = load_measures.coactivation(meter, step=3)
         assert {(row["step"], row["site"], row["name"]) for row in rows} == {
             (3, "s", "coactivation")
         } and len(rows) == 16
@@ -140,17 +143,17 @@ def test_streaming_agrees_with_all_tokens_at_once(k):
 
 
 def test_training_leaves_out_what_costs_more():
-    meter = Meter()
+    meter = LoadCounts()
     meter.update({"s": drawn(50, k=2)}, (1, 50))
     assert not {"together", "margin_bins"} & next(iter(meter.groups.values())).values.keys()
-    assert "routing/entropy_q10" in readings.measures(meter)
+    assert "routing/entropy_q10" in load_measures.measures(meter)
 
 
 def test_sums_reach_the_host_by_one_copy(monkeypatch):
     copies = []
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (copies.append(self), cpu(self))[1])
-    meter = Meter()
+    meter = LoadCounts()
     meter.update({"a": drawn(50, k=2), "b": drawn(50), "c": drawn(50, experts=6)}, (1, 50))
     tensors = meter.tensors()
     found = fetch(tensors)
@@ -159,7 +162,7 @@ def test_sums_reach_the_host_by_one_copy(monkeypatch):
         torch.equal(one, other) and one.dtype == other.dtype
         for one, other in zip(found, tensors, strict=True)
     )
-    assert readings.rows(meter.holding(found), "a", "b") == readings.rows(meter, "a", "b")
+    assert load_measures.rows(meter.holding(found), "a", "b") == load_measures.rows(meter, "a", "b")
     assert fetch([]) == []
 
 
@@ -169,7 +172,7 @@ def test_counting_never_waits_for_the_device(k):
     r = drawn(48, k=k)
     r = r.map(lambda t: t.to("meta"))
     r.mask = r.mask.to("meta")
-    tally = Tally(recent=Meter(pairs=True))
+    tally = TrainingLog(recent=LoadCounts(pairs=True))
     for _ in range(2):
         tally.add({"task": torch.ones((), device="meta")}, r.mask.view(6, 8), {"a": r, "b": r})
     assert all(t.device.type == "meta" for t in [*tally.recent.tensors(), tally.recent_tokens])
@@ -192,7 +195,7 @@ def test_counts_by_sequence_are_loops_over_sequences():
 def test_specialisation_is_that_of_the_counts_by_sequence():
     """The first site follows the skill, the second does not know it."""
     generator = torch.Generator().manual_seed(0)
-    choices, whole, skills = readings.Choices(), [], []
+    choices, whole, skills = load_measures.Choices(), [], []
     for _ in range(30):
         skill = torch.randint(3, (8,), generator=generator)
         told = torch.nn.functional.one_hot(skill.repeat_interleave(5), 4).bool()
@@ -213,7 +216,7 @@ def test_specialisation_is_that_of_the_counts_by_sequence():
 
 def test_sequences_without_a_skill_are_left_out():
     chosen = torch.eye(2).bool()[torch.tensor([0, 1, 0, 1, 1, 1])]
-    choices = readings.Choices()
+    choices = load_measures.Choices()
     choices.add(
         {"a": Routing(chosen.float(), chosen)}, (6, 1), ["t", "u"] * 3, ["x", "y", "x", "y", None, None]
     )
@@ -223,18 +226,18 @@ def test_sequences_without_a_skill_are_left_out():
 
 
 def test_a_checkpoint_of_a_version_that_counted_less_still_loads():
-    meter = Meter()
+    meter = LoadCounts()
     meter.update({"s": drawn(50, k=2)}, (1, 50))
     state = [
         entry
         | {"values": {k: v for k, v in entry["values"].items() if k not in ("entropy_bins", "logsumexp")}}
         for entry in meter.state()
     ]
-    old, new = Meter.from_state(state), Meter()
+    old, new = LoadCounts.from_state(state), LoadCounts()
     new.update({"s": drawn(70, k=2, seed=1)}, (1, 70))
-    for one, other in ((old, new), (new, Meter.from_state(state))):
+    for one, other in ((old, new), (new, LoadCounts.from_state(state))):
         one.merge(other)
-        found = readings.measures(one)
+        found = load_measures.measures(one)
         assert "load/router_entropy" in found and "routing/entropy_q10" not in found, "half a count is none"
 
 
@@ -243,7 +246,7 @@ def _process(rank, folder, queue):
     and four."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    tally = Tally()
+    tally = TrainingLog()
 
     def step(number):
         r = drawn(20 + 10 * rank + number, k=2, seed=10 * number + rank)
@@ -255,11 +258,11 @@ def _process(rank, folder, queue):
     tally.gather()
     states = [None, None]
     torch.distributed.all_gather_object(states, tally.state())
-    tally = Tally()
+    tally = TrainingLog()
     tally.restore(states[0])  # what the first process saved is what all of them load
     step(4)
     rows.append(tally.window(4))
-    queue.put((rank, rows, readings.rows(tally.load, "train", "t"), tally.tokens))
+    queue.put((rank, rows, load_measures.rows(tally.load, "train", "t"), tally.tokens))
     torch.distributed.destroy_process_group()
 
 
@@ -272,12 +275,12 @@ def test_two_processes_count_what_one_would(tmp_path):
     results = {rank: found for rank, *found in (queue.get(timeout=120) for _ in workers)}
     for worker in workers:
         worker.join(timeout=60)
-    single = Meter()
+    single = LoadCounts()
     for number in (1, 2, 3, 4):
         for rank in range(2):
             r = drawn(20 + 10 * rank + number, k=2, seed=10 * number + rank)
             single.update({"s": r}, (1, len(r.weights)))
-    expected = readings.rows(single, "train", "t")
+    expected = load_measures.rows(single, "train", "t")
     for rows, load, tokens in results.values():
         assert [r["assignments"] for r in load] == [r["assignments"] for r in expected]
         assert [r["importance"] for r in load] == pytest.approx([r["importance"] for r in expected])

@@ -13,9 +13,11 @@ import datasets
 import pytest
 import yaml
 
-from moabench.benchmarks.config.run import CONF, DataConfig
+from moabench.benchmarks.config.choices import CONF
+from moabench.benchmarks.config.mix import MixConfig
+from moabench.benchmarks.config.sections import DataConfig
 from moabench.benchmarks.data import mixes
-from moabench.benchmarks.data.mixes import MixConfig
+from moabench.benchmarks.tasks.rows import Reader
 from moabench.methods.spec import ConfigError, build
 
 FILES = sorted((CONF / "mix").glob("*.yaml"))
@@ -66,7 +68,7 @@ def test_every_file_builds(path):
 
 def test_local_mixes_have_the_documented_rows(datasets_folder):
     data = DataConfig("local", root=str(datasets_folder))
-    rows, record = mixes.training_rows(shipped("commonsense_mix"), ["boolq"], data, 0)
+    rows, record = mixes.training_rows(shipped("commonsense_mix"), ["boolq"], Reader(data), 0)
     taken = {
         "boolq": 9426,
         "piqa": 5599,
@@ -79,29 +81,31 @@ def test_local_mixes_have_the_documented_rows(datasets_folder):
     assert Counter(row["task"] for row in rows) == taken
     assert {task: part["taken"] for task, part in record["parts"].items()} == taken
     assert record["without_train_split"] == ["hellaswag"]
-    rows, record = mixes.training_rows(shipped("math_mix"), ["svamp"], data, 0)
+    rows, record = mixes.training_rows(shipped("math_mix"), ["svamp"], Reader(data), 0)
     assert len(rows) == 7473 + 579
     assert record["without_train_split"] == ["aqua"]
-    rows, _ = mixes.training_rows(shipped("math_mix", parts={"mawps_asdiv_a": {}}), ["svamp"], data, 0)
+    rows, _ = mixes.training_rows(
+        shipped("math_mix", parts={"mawps_asdiv_a": {}}), ["svamp"], Reader(data), 0
+    )
     assert len(rows) == 569
 
 
 def test_own_takes_the_evaluated_tasks_that_can_be_trained_on(local):
-    rows, record = mixes.training_rows(mix(own=True), ("arc_easy", "openbookqa"), local, 0)
+    rows, record = mixes.training_rows(mix(own=True), ("arc_easy", "openbookqa"), Reader(local), 0)
     assert [row["id"] for row in rows] == [f"arc_easy-{i}" for i in range(10)]
     assert record["without_train_split"] == ["openbookqa"]
     assert record["rows"] == 10
     assert json.loads(json.dumps(record)) == record
     # parts adjust and add
     _, record = mixes.training_rows(
-        mix(own=True, parts={"arc_easy": {"cap": 3}, "arc_challenge": {}}), ("arc_easy",), local, 0
+        mix(own=True, parts={"arc_easy": {"cap": 3}, "arc_challenge": {}}), ("arc_easy",), Reader(local), 0
     )
     assert {task: part["taken"] for task, part in record["parts"].items()} == {
         "arc_easy": 3,
         "arc_challenge": 10,
     }
     _, record = mixes.training_rows(
-        mix(own=True, parts={"arc_easy": {"weight": 0}}), ("arc_easy", "arc_challenge"), local, 0
+        mix(own=True, parts={"arc_easy": {"weight": 0}}), ("arc_easy", "arc_challenge"), Reader(local), 0
     )
     assert record["rows"] == 10
 
@@ -112,18 +116,18 @@ def test_own_without_anything_to_train_on_names_what_there_is(local):
         match=r"mix=test: none of openbookqa has a train split.*mix=math_mix.*one of arc_challenge, "
         r"arc_easy\.",
     ):
-        mixes.training_rows(mix(own=True), ["openbookqa"], local, 0)
+        mixes.training_rows(mix(own=True), ["openbookqa"], Reader(local), 0)
     with pytest.raises(
         ConfigError,
         match=r"mix.parts.openbookqa: no train split with data.source=local.*arc_challenge, arc_easy",
     ):
-        mixes.training_rows(mix(parts={"openbookqa": {}}), ["arc_easy"], local, 0)
+        mixes.training_rows(mix(parts={"openbookqa": {}}), ["arc_easy"], Reader(local), 0)
     with pytest.raises(ConfigError, match=r"no rows; expected a part with a weight above 0"):
-        mixes.training_rows(mix(parts={"arc_easy": {"weight": 0}}), ["arc_easy"], local, 0)
+        mixes.training_rows(mix(parts={"arc_easy": {"weight": 0}}), ["arc_easy"], Reader(local), 0)
 
 
 def counted(local, seed=0, **part):
-    rows, record = mixes.training_rows(mix(parts={"arc_easy": part}), ["arc_easy"], local, seed)
+    rows, record = mixes.training_rows(mix(parts={"arc_easy": part}), ["arc_easy"], Reader(local), seed)
     assert record["parts"]["arc_easy"]["taken"] == len(rows)
     return Counter(row["id"] for row in rows)
 
@@ -141,7 +145,7 @@ def test_choices_depend_on_the_seed_and_nothing_else(local):
     assert counted(local, 1, cap=5) == counted(local, 1, cap=5)
     assert len({tuple(counted(local, seed, cap=5)) for seed in range(8)}) > 4
     both = mix(parts={"arc_challenge": {}, "arc_easy": {"cap": 5}})
-    rows, _ = mixes.training_rows(both, ["arc_easy"], local, 1)
+    rows, _ = mixes.training_rows(both, ["arc_easy"], Reader(local), 1)
     assert {row["id"] for row in rows if row["task"] == "arc_easy"} == set(
         counted(local, 1, cap=5)
     )  # other parts change nothing
@@ -151,7 +155,7 @@ def test_choices_depend_on_the_seed_and_nothing_else(local):
 
 def test_builtin_mixes():
     data = DataConfig("builtin", train_limit=5)
-    _, record = mixes.training_rows(mix(own=True), ["arc_easy", "arc_challenge"], data, 0)
+    _, record = mixes.training_rows(mix(own=True), ["arc_easy", "arc_challenge"], Reader(data), 0)
     assert {task: part["taken"] for task, part in record["parts"].items()} == {
         "arc_easy": 5,
         "arc_challenge": 5,
@@ -236,7 +240,9 @@ def test_the_published_file_is_told_from_others(tmp_path):
 def test_file_and_parts_add_up(tmp_path, local):
     (tmp_path / "some.json").write_text(json.dumps(ITEMS))
     both = mix(file=str(tmp_path / "some.json"), parts={"arc_easy": {"cap": 2}})
-    assert [row["task"] for row in mixes.training_rows(both, [], local, 0)[0]] == ["arc_easy"] * 2 + [""] * 3
+    assert [row["task"] for row in mixes.training_rows(both, [], Reader(local), 0)[0]] == ["arc_easy"] * 2 + [
+        ""
+    ] * 3
 
 
 GOOD = json.dumps(ITEMS[0])
@@ -302,7 +308,7 @@ def test_hub(monkeypatch):
         ConfigError,
         match=r"mix.hub.path='a/b' at revision abc.*ConnectionError: no network\).*mix.file needs neither",
     ):
-        mixes.training_rows(mix(hub={"path": "a/b", "revision": "abc"}), [], BUILTIN, 0)
+        mixes.training_rows(mix(hub={"path": "a/b", "revision": "abc"}), [], Reader(BUILTIN), 0)
 
 
 def test_text_of_an_instruction():

@@ -13,7 +13,7 @@ import torch
 from test_config import composed
 
 from moabench.benchmarks.bases.loading import check_folder, load_model
-from moabench.benchmarks.config.run import ModelConfig, RandomModel
+from moabench.benchmarks.config.sections import ModelConfig, RandomModel
 from moabench.methods.spec import ConfigError
 
 
@@ -141,7 +141,7 @@ def test_an_unknown_architecture_gets_the_nearest():
 
 def test_importing_for_a_check_needs_no_torch():
     code = (
-        "import sys, moabench.benchmarks.bases.loading, moabench.benchmarks.tasks.rows, moabench.benchmarks.tasks; "
-        "sys.exit('torch' in sys.modules)"
+        "import sys, moabench.benchmarks.bases.loading, moabench.benchmarks.tasks.rows, "
+        "moabench.benchmarks.tasks; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

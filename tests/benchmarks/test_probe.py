@@ -15,11 +15,12 @@ from moabench import methods
 from moabench.analysis.measures import balance, experts, representation
 from moabench.analysis.measures import catalog as measures
 from moabench.analysis.measures import routing as measure
-from moabench.benchmarks.config.run import ProbeConfig
+from moabench.benchmarks.config.sections import ProbeConfig
 from moabench.benchmarks.data import batches
 from moabench.benchmarks.machine.files import read_json
 from moabench.benchmarks.observing.probe import Probe, first_tokens, spread
 from moabench.benchmarks.observing.probe_tokens import probe_set
+from moabench.benchmarks.tasks.rows import Reader
 from moabench.benchmarks.training.train import train
 from moabench.methods import catalog
 from moabench.methods.spec import ConfigError
@@ -60,7 +61,7 @@ def captured(probe, model):
 
 def test_the_tokens_are_those_of_data_and_tokenizer_alone(small, tokenizer, tmp_path):
     cfg = small("molora")
-    found = probe_set(cfg, tokenizer)
+    found = probe_set(cfg, tokenizer, Reader(cfg.data))
     assert found.tokens == 600 and set(found.tasks) == {"arc_easy", "arc_challenge"}
     assert [found.tasks[i] for i in range(4)] == ["arc_easy", "arc_challenge"] * 2, "the tasks take turns"
     for same in (
@@ -68,15 +69,16 @@ def test_the_tokens_are_those_of_data_and_tokenizer_alone(small, tokenizer, tmp_
         small("lora", train={"lr": 1e-4, "max_length": 16}),
         small("molora", times=1, sites=1),
     ):
-        assert probe_set(same, tokenizer).hash == found.hash
-    assert probe_set(small("molora", tokens=400), tokenizer).hash != found.hash
-    assert probe_set(replace(cfg, data=replace(cfg.data, eval_limit=2)), tokenizer).hash != found.hash
+        assert probe_set(same, tokenizer, Reader(same.data)).hash == found.hash
+    assert probe_set(small("molora", tokens=400), tokenizer, Reader(cfg.data)).hash != found.hash
+    few = replace(cfg.data, eval_limit=2)
+    assert probe_set(replace(cfg, data=few), tokenizer, Reader(few)).hash != found.hash
     assert read_json(tmp_path / ".probes" / f"{found.hash[:16]}.json") == found.plain()
 
 
 def test_fewer_questions_than_tokens(small, tokenizer):
     cfg = small("molora", tokens=100_000)
-    found = probe_set(cfg, tokenizer)
+    found = probe_set(cfg, tokenizer, Reader(cfg.data))
     assert 100 < found.tokens < 100_000 and len(found.examples) == 48
 
 

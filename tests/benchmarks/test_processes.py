@@ -17,8 +17,8 @@ from test_cli import REPOSITORY, moabench
 from test_config import composed
 
 from moabench.benchmarks.command.runs import unequal
-from moabench.benchmarks.machine import processes
 from moabench.benchmarks.machine.files import read_json
+from moabench.benchmarks.run import several
 from moabench.benchmarks.run.folder import find
 from moabench.methods.spec import ConfigError
 
@@ -192,5 +192,5 @@ def test_a_base_that_cannot_be_sharded_is_refused(given, message, tmp_path, monk
 def test_what_several_processes_cannot_do(given, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError) as caught:
-        processes.start(composed(*given, f"shard={given != ['train.halve=true']}"))
+        several.check(composed(*given, f"shard={given != ['train.halve=true']}"))
     assert message in str(caught.value)

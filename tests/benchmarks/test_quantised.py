@@ -10,12 +10,12 @@ from test_cli import moabench
 from torch import nn
 
 from moabench import methods
+from moabench.benchmarks.bases.adapters import load_adapter
 from moabench.benchmarks.bases.loading import load_model
-from moabench.benchmarks.command.memory import NF4_BYTES
-from moabench.benchmarks.config.run import ModelConfig
+from moabench.benchmarks.config.sections import ModelConfig
 from moabench.benchmarks.machine.files import read_json
 from moabench.benchmarks.run.folder import find
-from moabench.benchmarks.run.run import load_adapter
+from moabench.benchmarks.training.memory import NF4_BYTES
 from moabench.methods import catalog
 from moabench.methods.spec import ConfigError
 

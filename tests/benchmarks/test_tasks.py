@@ -15,7 +15,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import apply_template
 
 from moabench.benchmarks import tasks
-from moabench.benchmarks.config.run import DataConfig
+from moabench.benchmarks.config.sections import DataConfig
 from moabench.benchmarks.tasks import extraction, formats, hub
 from moabench.benchmarks.tasks import rows as data
 from moabench.benchmarks.tasks.extraction import VOCABULARY, Extracted

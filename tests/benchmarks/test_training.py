@@ -17,8 +17,9 @@ from moabench.benchmarks.data import batches
 from moabench.benchmarks.evaluation.evaluate import evaluate
 from moabench.benchmarks.tasks.rows import load_rows
 from moabench.benchmarks.training import train as training
+from moabench.benchmarks.training.step import answer_nll
 from moabench.benchmarks.training.train import _arguments, encode_rows, train
-from moabench.benchmarks.training.trainer import MixtureTrainer, answer_nll
+from moabench.benchmarks.training.trainer import MixtureTrainer
 from moabench.methods import record
 from moabench.methods.spec import ConfigError
 

@@ -5,7 +5,6 @@ Run: python -m pytest tests/benchmarks/test_tuning.py
 """
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from test_config import composed
@@ -14,8 +13,9 @@ from moabench.benchmarks.command import runs as housekeeping
 from moabench.benchmarks.fairness import tuning
 from moabench.benchmarks.machine.files import RunError, read_json
 from moabench.benchmarks.run import run as experiment
+from moabench.benchmarks.run.prepared import Prepared
 from moabench.benchmarks.tasks import rows as data
-from moabench.benchmarks.tasks.rows import is_held_out, load_rows, reported_rows
+from moabench.benchmarks.tasks.rows import Reader, is_held_out, load_rows
 from moabench.methods.spec import ConfigError
 
 SMALL = [
@@ -46,8 +46,8 @@ def test_a_tenth_of_the_training_rows_is_held_out_whatever_their_number():
 
 def test_held_out_rows_are_evaluated_and_not_trained_on(tmp_path):
     cfg = small(tmp_path, "data.held_out=true")
-    rows, _, _ = experiment._training_rows(replace(cfg, quiet=True), tmp_path)
-    evaluated = reported_rows("arc_easy", cfg.data)
+    rows = Prepared(replace(cfg, quiet=True)).training_rows(tmp_path).rows
+    evaluated = Reader(cfg.data).reported("arc_easy")
     whole = {row["id"] for row in load_rows("arc_easy", "train", cfg.data)}
     assert len(evaluated) == 8 and {row["id"] for row in evaluated} < whole
     assert not any(is_held_out(row) for row in rows) and {row["id"] for row in rows} < whole
@@ -86,7 +86,7 @@ def _fake(accuracies):
         value = accuracies[cfg.train.lr]
         if value is None:
             raise RunError(f"loss is not finite at {cfg.train.lr:g}")
-        return SimpleNamespace(metrics={"eval/arc_easy@builtin-held_out:loglikelihood/acc": value})
+        return value
 
     return run
 
@@ -99,12 +99,11 @@ def _fake(accuracies):
         ({1e-3: 0.3, 2e-3: None}, 1e-3),
     ],
 )
-def test_which_rate_is_taken(accuracies, chosen, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "run", _fake(accuracies))
+def test_which_rate_is_taken(accuracies, chosen, tmp_path):
     cfg = small(
         tmp_path, f"train.lr_grid={list(accuracies)}", "method=full", "train.lr=1e-3", "train.lr_full=2e-4"
     )
-    after, metrics = tuning.tuned(cfg, tmp_path)
+    after, metrics = tuning.tuned(cfg, tmp_path, _fake(accuracies))
     assert after.train.lr == chosen == metrics["tuning/lr"] and after.train.lr_full == pytest.approx(
         chosen / 5
     )
@@ -112,10 +111,9 @@ def test_which_rate_is_taken(accuracies, chosen, tmp_path, monkeypatch):
     assert [reason is None for reason in reasons] == [value is not None for value in accuracies.values()]
 
 
-def test_when_every_rate_fails_the_run_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "run", _fake({1.0: None, 2.0: None}))
+def test_when_every_rate_fails_the_run_does(tmp_path):
     with pytest.raises(RunError, match=r"train\.lr=1: loss is not finite at 1; train\.lr=2"):
-        tuning.tuned(small(tmp_path, "train.lr_grid=[1.0,2.0]"), tmp_path)
+        tuning.tuned(small(tmp_path, "train.lr_grid=[1.0,2.0]"), tmp_path, _fake({1.0: None, 2.0: None}))
 
 
 def test_tasks_without_training_rows_cannot_be_tuned_on(tmp_path, questions):
@@ -124,9 +122,9 @@ def test_tasks_without_training_rows_cannot_be_tuned_on(tmp_path, questions):
     try:
         cfg = small(tmp_path, "data=local", f"data.root={questions}", "train.lr_grid=[1e-3,2e-3]")
         with pytest.raises(ConfigError, match="none of arc_easy has a train split"):
-            tuning.tuned(cfg, tmp_path)
+            tuning.tuned(cfg, tmp_path, lambda cfg: None)
         with pytest.raises(ConfigError, match="has no train split to hold rows out of"):
-            reported_rows("arc_easy", replace(cfg.data, held_out=True))
+            Reader(replace(cfg.data, held_out=True)).reported("arc_easy")
     finally:
         (questions / "arc_easy" / "kept.jsonl").rename(questions / "arc_easy" / "train.jsonl")
 

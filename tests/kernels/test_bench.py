@@ -15,6 +15,7 @@ import torch
 from compare import assert_near
 from torch.nn import functional as F
 
+from moabench.benchmarks.machine.timing import interleaved, quartiles
 from moabench.benchmarks.speed import __main__ as command
 from moabench.benchmarks.speed import goals, levels, mixture, whole
 from moabench.benchmarks.speed import published_forms as forms
@@ -23,9 +24,7 @@ from moabench.benchmarks.speed.measure import (
     Options,
     Report,
     Setting,
-    interleaved,
     largest_error,
-    quartiles,
     relative_error,
     saved_storages,
 )

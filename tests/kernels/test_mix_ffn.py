@@ -154,9 +154,8 @@ def test_gradcheck(k):
     torch.manual_seed(0)
     tensors, ids = inputs(3, 4, 3, 2, k)
     weights = tensors[-1]
-    if (
-        ids is not None
-    ):  # a weight that is not selected is no input of the mixture: the loop above has its gradient
+    # a weight that is not selected is no input of the mixture: the loop above has its gradient
+    if ids is not None:
         weights = weights.detach()
     assert torch.autograd.gradcheck(lambda *t: mix_ffn(*t, ids), [*tensors[:-1], weights])
 
@@ -184,9 +183,8 @@ def test_bf16_is_as_good_as_the_plain_form(k):
 
     exact, ours, theirs = run(plain, torch.float64), run(mix_ffn, torch.bfloat16), run(plain, torch.bfloat16)
     for name, got, reference, want in zip(("hbar", "z", *NAMES), ours, theirs, exact, strict=True):
-        if (
-            name == "weights" and ids is not None
-        ):  # the plain form also has the gradient of weights that are not selected
+        # the plain form also has the gradient of weights that are not selected
+        if name == "weights" and ids is not None:
             got, reference, want = (t.gather(1, ids) for t in (got, reference, want))
         assert relative_rms(got, want) <= 2 * relative_rms(reference, want), name
 

@@ -39,9 +39,8 @@ def test_sorted_equals_dense(monkeypatch, overrides):
     dense, sorted_ = outcome(monkeypatch, False, **overrides), outcome(monkeypatch, True, **overrides)
     assert not dense[3] and sorted_[3]
     assert_near("logits", sorted_[0], dense[0], 1e-5)
-    if (
-        "experts.dropout" not in overrides
-    ):  # the same mask is drawn in both, but not of the same stream of random numbers everywhere
+    # the same mask is drawn in both, but not of the same stream of random numbers everywhere
+    if "experts.dropout" not in overrides:
         assert_near("loss", sorted_[1], dense[1], 1e-5)
     for name, gradient in dense[2].items():
         assert_near(name, sorted_[2][name], gradient, 2e-4)

@@ -72,9 +72,9 @@ echo "a run that takes longer than its job may: a minute, with a warning 20 seco
 import sys
 from pathlib import Path
 
-from moabench.benchmarks.files import read_json
-from moabench.benchmarks.housekeeping import unequal
-from moabench.benchmarks.runs import find
+from moabench.benchmarks.machine.files import read_json
+from moabench.benchmarks.command.runs import unequal
+from moabench.benchmarks.run.folder import find
 
 work = Path(sys.argv[1])
 alone, slurm = find(work / "alone"), find(work / "slurm")

@@ -45,7 +45,7 @@ class Problem:
 
 
 def paragraph(world: World, rng: random.Random) -> str:
-    """Sums, chains of sums, or a story with its result, for the corpus."""
+    """SiteCounts, chains of sums, or a story with its result, for the corpus."""
     words, config = lexicon(), world.config
     draw = rng.random()
     if draw < 0.40:

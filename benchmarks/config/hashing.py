@@ -1,0 +1,34 @@
+"""The name of a run: the hash of everything that can change its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+NOT_IN_HASH = {
+    "runs_dir": None, "keep": None, "retry": None, "experiment": None, "logger": None, "quiet": None,
+    "traceback": None, "threads": None,
+    "shard": None, "train": {"log_every", "save_every", "halve"},
+}  # fmt: skip
+"""What cannot change the result: whole sections (None) or some of their keys."""
+
+
+def digest(data: Any) -> str:
+    """SHA-256 (hex) of plain data, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts; a part keeps its `kind`, which is a class attribute, since two kinds may have
+    equal fields."""
+    if dataclasses.is_dataclass(value):
+        kind = {"kind": value.kind} if isinstance(getattr(type(value), "kind", None), str) else {}
+        return kind | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+    return value
