@@ -221,11 +221,13 @@ def _flops(cfg: RunConfig, datas: list[Mapping[str, Any]]) -> list[float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from moabench.benchmarks.training.memory import fake
+
     found = []
     for data in datas:
         model = Skeleton(cfg.model).attached(data)
-        with FlopCounterMode(display=False) as counter:
-            _step(model, torch.zeros(cfg.train.batch_size, LENGTH, dtype=torch.long, device="meta"))
+        with fake(model), FlopCounterMode(display=False) as counter:
+            _step(model, torch.zeros(cfg.train.batch_size, LENGTH, dtype=torch.long))
         found.append(float(counter.get_total_flops()))
     return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -125,13 +126,10 @@ class Peak(TorchDispatchMode):
 
 def peak_of(model: nn.Module, batch: int, length: int, checkpointing: bool) -> int:
     """Of a forward and backward pass, gradients included. The model is left on fake tensors, for one use."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     model.train()
     if checkpointing:
         checkpoint(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    with FakeTensorMode(), Peak() as peak:
-        _materialise(model)
+    with fake(model), Peak() as peak:
         ids = torch.zeros(batch, length, dtype=torch.long)
         peak.ignore(t for t in (ids, *model.parameters(), *model.buffers()))
         peak.now = peak.most = 0
@@ -146,18 +144,29 @@ def checkpoint(base: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
+@contextmanager
+def fake(model: nn.Module) -> Iterator[None]:
+    """A model on the meta device with fake tensors in place of its own, inside a mode that makes only such.
+    transformers asks a mask for its values where it is a meta tensor, and does not where it is a fake one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        _materialise(model)
+        yield
+
+
 def _materialise(model: nn.Module) -> None:
-    """Replace meta tensors by fake ones. Not with `to`, which fake tensors do not bear."""
+    """Not with `to`, which fake tensors do not bear."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, t in held.items():
                 if t is not None and id(t) not in made:
-                    fake = torch.empty(t.shape, dtype=t.dtype)
+                    empty = torch.empty(t.shape, dtype=t.dtype)
                     made[id(t)] = (
-                        nn.Parameter(fake, requires_grad=t.requires_grad)
+                        nn.Parameter(empty, requires_grad=t.requires_grad)
                         if isinstance(t, nn.Parameter)
-                        else fake
+                        else empty
                     )
                 if t is not None:
                     held[name] = made[id(t)]

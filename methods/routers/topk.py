@@ -36,7 +36,8 @@ class TopK(LinearRouter):
 
     def route(self, scores, training):
         probs = route.softmax(scores)
-        ids = scores.detach().topk(self.k, dim=-1).indices  # [..., k]
+        # stable: of equal scores the lower index goes first, as in the kernel; topk promises no order
+        ids = scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, ids, True)
         if self.renormalize:  # softmax over the selected logits is p_i / sum_S p
             weights = route.softmax(scores.masked_fill(~chosen, float("-inf")))

@@ -64,13 +64,13 @@ def test_every_local_file_has_its_published_count(datasets_folder, task):
         if count:
             rows = data.load_rows(task, split, config)
             assert len(rows) == count
-            assert {row["task"] for row in rows} == {data.SETS.get(task, task)}
+            assert {row["task"] for row in rows} == {tasks.SETS.get(task, task)}
             assert len({row["id"] for row in rows}) == count
 
 
 def test_every_public_task_is_in_the_table():
     assert set(COUNTS) == {name for name in tasks.names() if not tasks.get(name).unavailable("local")} | set(
-        data.SETS
+        tasks.SETS
     )
 
 

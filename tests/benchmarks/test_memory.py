@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moabench import methods
 from moabench.benchmarks.command import memory
+from moabench.benchmarks.training import step
+from moabench.benchmarks.training.memory import checkpoint, estimate
 from moabench.methods import catalog
 
 SMALL = LlamaConfig(
@@ -28,7 +30,7 @@ def model(name: str, device: str, checkpointing: bool = False) -> torch.nn.Modul
     with torch.device(device):
         base = LlamaForCausalLM(SMALL)
     if checkpointing and device != "meta":
-        memory.checkpoint(base)
+        checkpoint(base)
     return methods.attach(base, catalog.raw(name)).to(device).train()
 
 
@@ -36,12 +38,12 @@ def measured(net: torch.nn.Module) -> int:
     """Peak of what a step allocates, gradients included: the allocator's record of every block that came and
     went."""
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    memory.step(net, ids)
+    step.full(net, ids).backward()
     net.zero_grad(set_to_none=True)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
-        memory.step(net, ids)
+        step.full(net, ids).backward()
     events = sorted(
         (e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
     )
@@ -55,7 +57,7 @@ def measured(net: torch.nn.Module) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["lora", "molora", "mixlora", "moa_soft", "full"])
 def test_the_estimate_of_a_step_is_what_a_step_takes(name, checkpointing):
-    found = memory.estimate(model(name, "meta"), BATCH, LENGTH, checkpointing)
+    found = estimate(model(name, "meta"), BATCH, LENGTH, checkpointing)
     assert found.step == pytest.approx(measured(model(name, "cpu", checkpointing)), rel=0.1)
 
 
@@ -63,9 +65,9 @@ def test_weights_and_optimiser_are_counted_to_the_byte():
     net = model("molora", "cpu")
     ids = torch.zeros(1, 8, dtype=torch.long)
     optimiser = torch.optim.AdamW(p for p in net.parameters() if p.requires_grad)
-    memory.step(net, ids)
+    step.full(net, ids).backward()
     optimiser.step()
-    found = memory.estimate(model("molora", "meta"), 1, 8)
+    found = estimate(model("molora", "meta"), 1, 8)
     moments = [t for state in optimiser.state.values() for t in (state["exp_avg"], state["exp_avg_sq"])]
     assert found.optimiser == sum(t.numel() * t.element_size() for t in moments)
     assert found.trained == sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
@@ -74,7 +76,7 @@ def test_weights_and_optimiser_are_counted_to_the_byte():
 
 
 def test_sharding_divides_what_is_frozen_and_gathers_two_layers():
-    whole, half = (memory.estimate(model("moa_soft", "meta"), 1, 8, processes=n) for n in (1, 2))
+    whole, half = (estimate(model("moa_soft", "meta"), 1, 8, processes=n) for n in (1, 2))
     assert half.frozen == whole.frozen / 2 and half.step == whole.step
     base = model("none", "cpu")
     layer = sum(p.numel() * p.element_size() for p in base.model.layers[0].parameters())
@@ -111,10 +113,10 @@ def test_the_command_says_what_a_config_needs(tmp_path):
 @pytest.mark.parametrize("name", ["lora", "moa_soft"])
 def test_the_estimate_is_what_a_gpu_takes(name):
     net, ids = model(name, "cpu").to("cuda"), torch.zeros(BATCH, LENGTH, dtype=torch.long, device="cuda")
-    memory.step(net, ids)
+    step.full(net, ids).backward()
     net.zero_grad(set_to_none=True)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    memory.step(net, ids)
-    found = memory.estimate(model(name, "meta"), BATCH, LENGTH).step
+    step.full(net, ids).backward()
+    found = estimate(model(name, "meta"), BATCH, LENGTH).step
     assert found == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.25)

@@ -1,12 +1,10 @@
-"""Routers as rules: the Triton kernels and the plain form of every rule against the router's own `route()` in
-fp64, values and gradients; the load statistics against loops.
+"""Routers as rules: the Triton kernels of every rule, and the router's own `route()` in single precision, against
+`route()` in fp64, values and gradients.
 
 Run: python -m pytest tests/kernels/test_route_rule.py   (Triton in its interpreter where there is no GPU)
 """
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -15,9 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moabench.kernels import backend, route
 from moabench.methods import Router, catalog
-from moabench.methods.recorder import Recorder
 from moabench.methods.router import FactRouter, decide
-from moabench.methods.routing import Routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
@@ -86,13 +82,10 @@ def cotangents_of(routing):
     return [None if o is None else torch.randn_like(o) for o in outputs(routing)]
 
 
-def ruled(router, scores, name, mask=None, stats=False):
-    """The router's rule by one backend, as a Routing."""
+def ruled(router, scores, name):
+    """The decision by the router's own form, or by the kernel of its rule."""
     with backend.use(name):
-        made = route.decide(scores, router.rule, mask, stats)
-    extras = {} if made.tau is None else {"tau": made.tau}
-    logits = route.experts_only(scores, router.rule)
-    return Routing(made.weights, made.chosen, made.probs, logits, made.ids, extras=extras, stats=made.stats)
+        return decide(router, scores, True)
 
 
 def compare(router, shape, name):
@@ -147,84 +140,15 @@ def test_every_shipped_router_has_a_rule():
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("kind", sorted({k for k, _ in ROUTERS}))
-def test_decide_is_what_the_router_says(kind, name):
-    """`methods.router.decide` on both backends: tensors, shapes [T, E], statistics in place of passes over
-    the routing."""
+def test_rows_without_sites(kind, name):
+    """A decision for scores [T, H], as a block's router makes it."""
     torch.manual_seed(2)
     router = make(kind, {})
     scores = scores_for(router, 21, 1, 8, torch.float32)[:, 0]
-    mask = torch.rand(21, device=DEVICE) > 0.3
-    want = router.route(scores, False)
-    with backend.use(name):
-        got = decide(router, scores, False, mask, stats=True)
-        assert decide(router, scores, False).stats is None
+    want, got = router.route(scores, False), ruled(router, scores, name)
     assert got.weights.shape == (21, 8) and set(got.extras) == set(want.extras)
     assert_near("weights", got.weights, want.weights, 1e-6)
     assert torch.equal(got.selected, want.selected)
-    assert got.stats["weights"].shape == (1, 8) and got.stats["tokens"].tolist() == [mask.sum().item()]
-
-
-def loop_stats(routing, mask):
-    """The sums token by token in Python floats."""
-    tokens, sites, experts = routing.weights.shape
-    found = {n: [[0.0] * experts for _ in range(sites)] for n in route.SUMS} | {
-        n: [0.0] * sites for n in route.TOTALS
-    }
-    for t in range(tokens):
-        for g in range(sites):
-            if mask is not None and not mask[t]:
-                continue
-            w, p, z = (x[t, g].tolist() for x in (routing.weights, routing.probs, routing.logits))
-            chosen = routing.selected[t, g].tolist()
-            found["tokens"][g] += 1
-            found["idle"][g] += not any(chosen)
-            found["squared_lse"][g] += math.log(sum(math.exp(v) for v in z)) ** 2
-            for e in range(experts):
-                share = p[e] / sum(p)
-                found["entropy"][g] -= share * math.log(share) if share else 0.0
-                values = (float(chosen[e]), w[e], w[e] / sum(w) if sum(w) else 0.0, p[e], share)
-                for name, value in zip(route.SUMS, values, strict=True):
-                    found[name][g][e] += value
-    return found
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("masked", ["all real", "some", "none real"])
-@pytest.mark.parametrize(
-    ("kind", "options"), [ROUTERS[0], ROUTERS[3], ROUTERS[8], ROUTERS[11], *ROUTERS[-7:-4]], ids=str
-)
-def test_statistics(kind, options, masked, name):
-    torch.manual_seed(3)
-    router = make(kind, options)
-    scores = scores_for(router, 70, 2, 8, torch.float32)
-    some, none = torch.rand(70, device=DEVICE) > 0.4, torch.zeros(70, dtype=torch.bool, device=DEVICE)
-    mask = {"all real": None, "some": some, "none real": none}[masked]
-    if masked == "some":
-        with torch.no_grad():
-            scores[~mask] = float("nan")  # padding must not reach a sum
-    routing = ruled(router, scores, name, mask, stats=True)
-    want = loop_stats(router.route(scores.double(), False), mask)
-    assert set(routing.stats) == set(want)
-    for tensor, values in want.items():
-        assert not routing.stats[tensor].requires_grad
-        assert_near(
-            tensor, routing.stats[tensor], torch.tensor(values, dtype=torch.float64, device=DEVICE), 2e-6
-        )
-
-
-def test_recorded_statistics_follow_their_site_and_add_up():
-    torch.manual_seed(8)
-    router, recorder = make("topk", {}), Recorder()
-    parts = [scores_for(router, tokens, 2, 8, torch.float32).detach() for tokens in (4, 3)]
-    recorder.entries = [(("q", "k"), decide(router, s, False, None, stats=True), {}) for s in parts]
-    for g, site in enumerate(("q", "k")):
-        found = recorder.routing[site]
-        want = loop_stats(router.route(torch.cat(parts)[:, g : g + 1], False), None)
-        for tensor, values in want.items():
-            assert_near(tensor, found.stats[tensor], torch.tensor(values, device=DEVICE), 2e-6)
-    recorder.entries[0][1].stats = None
-    assert recorder.routing["q"].stats is None, "sums of a part are no sums of the whole"
-    assert recorder.entries[1][1].per_token(2).stats is None
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -256,12 +180,11 @@ def test_extremes(kind, options, name):
         hot,
     ):
         s = s.requires_grad_()
-        got, want = ruled(router, s, name, stats=True), router.route(s.detach(), False)
+        got, want = ruled(router, s, name), router.route(s.detach(), False)
         assert_near("weights", got.weights.sum(-1), want.weights.sum(-1), 1e-6)
         assert got.weights.isfinite().all() and got.probs.isfinite().all()
         grad = torch.autograd.grad(got.weights.square().sum() + got.probs.square().sum(), s)[0]
         assert grad.isfinite().all()
-        assert all(v.isfinite().all() for v in got.stats.values())
     nan = torch.full((2, 1, columns), float("nan"), device=DEVICE)
     lost = ruled(router, nan, name)
     assert lost.weights.isnan().all()
@@ -274,9 +197,8 @@ def test_extremes(kind, options, name):
 def test_no_token(kind, name):
     router = make(kind, {})
     scores = scores_for(router, 0, 2, 8, torch.float32)
-    got = ruled(router, scores, name, stats=True)
+    got = ruled(router, scores, name)
     assert got.weights.shape == (0, 2, 8)
-    assert all(not v.count_nonzero() for v in got.stats.values())
     assert torch.autograd.grad(got.weights.sum(), scores)[0].shape == scores.shape
 
 
@@ -288,13 +210,11 @@ def test_permuted_and_repeated(kind, name):
     router = make(kind, {})
     scores = scores_for(router, 33, 1, 7, torch.float32).detach()
     order = torch.randperm(7, device=DEVICE)
-    got = ruled(router, torch.cat([scores[..., order], scores[..., 7:]], -1), name, stats=True)
-    want = ruled(router, scores, name, stats=True)
+    got = ruled(router, torch.cat([scores[..., order], scores[..., 7:]], -1), name)
+    want = ruled(router, scores, name)
     assert_near("weights", got.weights, want.weights[..., order], 1e-6)
-    again = ruled(router, scores, name, stats=True)
-    assert torch.equal(again.weights, want.weights) and all(
-        torch.equal(again.stats[k], v) for k, v in want.stats.items()
-    )
+    again = ruled(router, scores, name)
+    assert torch.equal(again.weights, want.weights)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -307,12 +227,11 @@ def test_compiled_and_checkpointed(kind, options, name):
     torch.manual_seed(6)
     router = make(kind, options)
     scores = scores_for(router, 9, 2, 8, torch.float32)
-    mask = torch.arange(9, device=DEVICE) % 3 > 0
     cotangent = torch.randn(9, 2, 8, device=DEVICE)
 
     def form(s):
-        routing = decide(router, s, True, mask, stats=True)
-        return routing.weights * (1 + routing.probs), routing.stats["assignments"]
+        routing = decide(router, s, True)
+        return routing.weights * (1 + routing.probs), routing.selected.sum(0)
 
     def run(f):
         value, counts = f(scores)
@@ -339,8 +258,6 @@ def test_registrations(select):
     scores, adaptive = torch.randn(9, 2, 6, device=DEVICE), select == "threshold"
     forward = (
         scores,
-        torch.rand(9, device=DEVICE) > 0.5,
-        True,
         "softmax",
         select,
         2,
@@ -352,7 +269,7 @@ def test_registrations(select):
     )
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(kernels.route, forward, test_utils=checks)
-    weights, probs, taus, chosen, _, _ = kernels.route(*forward)
+    weights, probs, taus, chosen, _ = kernels.route(*forward)
     kept = weights if select == "all" else probs
     backward = (
         torch.randn_like(weights),
