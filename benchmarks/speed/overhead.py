@@ -74,6 +74,7 @@ def of_run(overrides: Sequence[str]) -> dict[str, float]:
     from moabench.benchmarks.config.overrides import composed
     from moabench.benchmarks.observing import probe
     from moabench.benchmarks.run import run as experiment
+    from moabench.benchmarks.run import stages
     from moabench.benchmarks.training import trainer
 
     spent, steps, spans = {"evaluation": 0.0, "probes": 0.0}, [], []
@@ -96,7 +97,8 @@ def of_run(overrides: Sequence[str]) -> dict[str, float]:
 
     with ExitStack() as patches, tempfile.TemporaryDirectory() as folder:
         for holder, call, name in (
-            (experiment, "_evaluated", "evaluation"),
+            (stages.base, "measured", "evaluation"),
+            (stages.evaluate, "measured", "evaluation"),
             (probe.Probe, "__init__", "probes"),
             (probe.Probe, "measure", "probes"),
             (trainer.MixtureTrainer, "training_step", "steps"),

@@ -86,7 +86,7 @@ def test_the_kernels_run(monkeypatch):
     assert calls == {"shrink", "expand_add_", "outer", "mix_ffn", "route"}
 
 
-def test_routing_is_the_same_and_carries_its_load():
+def test_routing_is_the_same():
     model, inputs = (
         attached("moe_lora_topk", **SIZES["moe_lora_topk"]).to(DEVICE),
         placed(batch(left=2, length=6)),
@@ -99,5 +99,3 @@ def test_routing_is_the_same_and_carries_its_load():
     for site, routing in got.items():
         assert_near(site, routing.weights, want[site].weights, 1e-5)
         assert torch.equal(routing.chosen, want[site].chosen)
-        real = want[site].chosen[want[site].mask].sum(0)
-        assert torch.equal(routing.stats["assignments"][0].long(), real), "padding is counted in no load"
