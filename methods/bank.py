@@ -1,5 +1,5 @@
 """The family of experts. A bank holds the experts of one kind at one place, concatenated, as options plus
-equations.
+equations; how it meets the frozen model is its seam (tuner/seams).
 
 Shapes: T tokens, G linears that share one input, E = `n` experts of the bank, R rank rows (all experts of one
 linear). A bank never loops over its experts and never touches a wide tensor itself: it scales rank-side
@@ -8,7 +8,7 @@ tensors, and moabench.kernels does the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,7 +18,10 @@ from .params import Param
 from .spec import ConfigError, Count, NonNegative, Part, Share
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+else:
+    torch = Lazy("torch")
 
 lowrank = Lazy("moabench.kernels.lowrank")
 
@@ -28,15 +31,44 @@ Linear = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 @dataclass(frozen=True)
 class Experts(Part):
-    """Base of all banks. `place` says what they attach to: each of `targets` (linear), the feed-forward
-    block, or attention."""
+    """Base of all banks. seam: how they attach to a decoder layer, the name of a file in tuner/seams; sites:
+    where the router that governs them may sit."""
 
     folder: ClassVar[str] = "moabench.methods.experts"
-    place: ClassVar[Literal["linear", "ffn", "attention"]]
+    seam: ClassVar[str]
+    sites: ClassVar[tuple[str, ...]]
     size: ClassVar[str] = "r"
     """The option that says how large an expert is; its parameters grow linearly with it."""
+    replaces: ClassVar[bool] = False
+    """Whether the experts run the frozen module themselves, so that it must not run beside them."""
+    low_rank: ClassVar[bool] = False
+    """Whether the experts are rank-side mixtures of one A and one B."""
 
     n: Count = 1
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """What the experts attach to: roles of linears, `ffn` or `attention`."""
+        raise NotImplementedError
+
+    def label(self, name: str, place: str) -> str:
+        """How an expert of the bank `name` at `place` is called among the experts of a block's router."""
+        return place
+
+    def heads(self, place: str, d_in: int, d_out: int, head_dim: int) -> tuple[int, int]:
+        """(H, width): how many decisions a token has on the linear at `place`, whose sizes are given, and how wide
+        what each of them reads is."""
+        return 1, d_in
+
+    def reads_output(self, place: str) -> bool:
+        """Whether the router of a linear at `place` reads what the frozen linear gives, not what it reads."""
+        return False
+
+    @property
+    def owners(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Tensor -> (axis, expert of each index along it), for tensors whose parts belong to one expert
+        each."""
+        return {}
 
     def constants(self) -> dict[str, Any]:
         """Fixed tensors of the bank as nested lists, handed back as `c`; they are neither trained nor
@@ -50,16 +82,24 @@ class LinearExperts(Experts):
 
     r: rank of each expert, one number or one for each expert. scale of an expert: alpha / r, with rslora
     alpha / sqrt(r) (arXiv 2312.03732). dropout: share of the inputs of A set to 0 in training, with one mask
-    for all experts of one input.
+    for all experts of one input. gate_grad=sqrt: the experts' gradients are scaled by the root of their weights
+    instead of the weights, value and router gradient staying as they are (arXiv 2502.15828).
     """
 
-    place = "linear"
+    seam = "low_rank"
+    sites = ("linear", "block")
+    low_rank = True
 
     targets: tuple[Linear, ...] = ("q", "k", "v", "o", "down")
     r: Count | tuple[Count, ...] = 8
     alpha: NonNegative = 8.0
     rslora: bool = False
     dropout: Share = 0.0
+    gate_grad: Literal["plain", "sqrt"] = "plain"
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return self.targets
 
     def __post_init__(self) -> None:
         if isinstance(self.r, tuple) and len(self.r) != self.n:
@@ -104,10 +144,46 @@ class LinearExperts(Experts):
 
 
 @dataclass(frozen=True)
+class AroundExperts(Experts):
+    """Base of banks around a linear, which see what it reads and what it gives, and may change both.
+
+    Shapes: H heads, the parts of an activation that are routed apart (1: all of it together).
+    """
+
+    seam = "around"
+    sites = ("linear",)
+
+    targets: tuple[str, ...] = ()
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return self.targets
+
+    def params(self, place: str, d_in: int, d_out: int, head_dim: int) -> dict[str, Param]:
+        """The tensors on one linear."""
+        raise NotImplementedError
+
+    def forward(
+        self, p: Mapping[str, Tensor], place: str, x: Tensor, linear: Callable, route: Callable
+    ) -> Tensor:
+        """Output [T, d_out] for the input x [T, d_in]. `linear(x)` runs the frozen linear with whatever else
+        sits on it; `route(u)` gives weights [T, H, E] for u [T, H, width], None where nothing is routed."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
 class FeedForwardExperts(Experts):
     """Base of banks on the feed-forward block."""
 
-    place = "ffn"
+    seam = "feed_forward"
+    sites = ("ffn", "block")
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return ("ffn",)
+
+    def label(self, name: str, place: str) -> str:
+        return name
 
     def params(self, d: int, f: int) -> dict[str, Param]:
         """The tensors of one block of width d and inner width f."""
@@ -122,15 +198,21 @@ class FeedForwardExperts(Experts):
         """
         raise NotImplementedError
 
-    replaces: ClassVar[bool] = False
-
 
 @dataclass(frozen=True)
 class AttentionExperts(Experts):
     """Base of banks inside attention, after the positions are in the queries and before the output
     projection."""
 
-    place = "attention"
+    seam = "attention"
+    sites = ("block",)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return ("attention",)
+
+    def label(self, name: str, place: str) -> str:
+        return name
 
     def params(self, d: int, heads: int) -> dict[str, Param]:
         """The tensors of one attention of model width d with `heads` query heads."""
@@ -145,6 +227,12 @@ class AttentionExperts(Experts):
         repeated over grouped query heads.
         """
         raise NotImplementedError
+
+
+def constant_tensors(bank: Experts, device: torch.device) -> dict[str, Tensor]:
+    """The bank's constants on `device`; normal tensors in inference mode too, since training may use them later."""
+    with torch.inference_mode(False):
+        return {name: torch.tensor(values, device=device) for name, values in bank.constants().items()}
 
 
 def mix_constants(bank: LinearExperts) -> dict[str, Any]:

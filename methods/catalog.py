@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
@@ -18,10 +18,12 @@ from typing import Any, Literal
 
 import yaml
 
-from .bank import Experts, LinearExperts
+from .bank import Experts
 from .losses import Loss
 from .router import Router
+from .rule import Rule
 from .spec import ConfigError, build, drop_stale, nearest
+from .stage import Stage
 
 PLACES = (
     "q",
@@ -54,6 +56,12 @@ class Mixture:
     banks: dict[str, Experts]
     router: Router
     losses: dict[str, Loss]
+    own_rules: dict[str, Rule] = field(default_factory=dict)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What happens at the moments of its training: what its router needs, and what the method names."""
+        return (*self.router.rules, *self.own_rules.values())
 
     @property
     def routed(self) -> bool:
@@ -66,7 +74,7 @@ class Mixture:
         found = [
             (place, bank, i)
             for bank, part in self.banks.items()
-            for place in (part.targets if isinstance(part, LinearExperts) else (part.place,))
+            for place in part.places
             for i in range(part.n)
         ]
         order = {place: i for i, place in enumerate(PLACES)}
@@ -80,7 +88,7 @@ class Mixture:
         if self.gates != "expert":
             return tuple(self.banks)
         many = len({(bank, i) for bank, _, i in self.experts}) > len(self.banks)
-        places = [p if isinstance(self.banks[b], LinearExperts) else b for b, p, _ in self.experts]
+        places = [self.banks[b].label(b, p) for b, p, _ in self.experts]
         return tuple(f"{p}{e[2]}" if many else p for p, e in zip(places, self.experts, strict=True))
 
     def column(self, bank: str, place: str, index: int) -> int:
@@ -100,6 +108,8 @@ class Method:
     mixtures: tuple[Mixture, ...]
     dora: bool
     data: dict[str, Any]
+    stages: tuple[Stage, ...] = ()
+    """Trainings, one after the other; none named is one of everything."""
     layers: tuple[tuple[tuple[int, ...], Method], ...] = ()
     """Decoder layers in which the experts have other options, from 0, and the method as it is there."""
 
@@ -127,6 +137,7 @@ class _MixtureKeys:
     experts: dict = field(default_factory=dict)
     router: dict = field(default_factory=lambda: {"kind": "none"})
     losses: dict | None = None
+    rules: dict | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +151,7 @@ class _MethodKeys(_MixtureKeys):
     dora: bool = False
     also: dict | None = None
     layers: dict | None = None
+    stages: tuple[dict, ...] | None = None
 
 
 def folder() -> Path:
@@ -247,7 +259,8 @@ def _shape(method: Method) -> list:
             m.site,
             m.router,
             m.losses,
-            {name: (bank.kind, getattr(bank, "targets", ())) for name, bank in m.banks.items()},
+            m.own_rules,
+            {name: (bank.kind, bank.places) for name, bank in m.banks.items()},
         )
         for m in method.mixtures
     ]
@@ -260,6 +273,12 @@ def _counts(method: Method) -> list[int]:
 def _parse(keys: _MethodKeys, path: str) -> Method:
     """The method, as it is where no layer differs; its `data` is left to the caller."""
     original = _read(keys.name) if keys.name in names() else {}
+    if keys.tuner != "mixture":
+        for key in ("stages", "rules"):
+            if getattr(keys, key):
+                raise ConfigError(
+                    f"{path}.{key}={getattr(keys, key)!r}: expected none with tuner={keys.tuner}."
+                )
     if keys.tuner in ("full", "none"):
         if keys.experts or keys.also:
             raise ConfigError(
@@ -283,7 +302,11 @@ def _parse(keys: _MethodKeys, path: str) -> Method:
         inherited = _inherit(more.experts, keys.experts, f"{where}.experts")
         more = _MixtureKeys(**{**vars(more), "experts": inherited})
         extra.append(_mixture(name, more, (original.get("also") or {}).get(name, {}), where))
-    return Method(keys.name, keys.tuner, (main, *extra), False, {})
+    mixtures = (main, *extra)
+    stages = tuple(Stage.parse(entry, f"{path}.stages[{i}]") for i, entry in enumerate(keys.stages or ()))
+    for i, stage in enumerate(stages):
+        _checked(lambda stage=stage: stage.check(mixtures, bool(keys.layers)), f"{path}.stages[{i}]")
+    return Method(keys.name, keys.tuner, mixtures, False, {}, stages)
 
 
 def _inherit(own: Mapping[str, Any], main: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -303,12 +326,15 @@ def _mixture(name: str, keys: Any, original: Mapping[str, Any], path: str) -> Mi
         kind: Loss.parse({"kind": kind, **(options or {})}, f"{path}.losses.{kind}")
         for kind, options in (keys.losses or {}).items()
     }
-    mixture = Mixture(name, keys.site, keys.input, keys.gates, banks, router, losses)
+    rules = {
+        kind: Rule.parse({"kind": kind, **(options or {})}, f"{path}.rules.{kind}")
+        for kind, options in (keys.rules or {}).items()
+    }
+    mixture = Mixture(name, keys.site, keys.input, keys.gates, banks, router, losses, rules)
     _check_places(mixture, path)
-    try:
-        router.check(len(mixture.expert_names))
-    except ConfigError as error:
-        raise ConfigError(f"{path}.router.{error}") from None
+    _checked(lambda: router.check(len(mixture.expert_names)), f"{path}.router", ".")
+    for kind, rule in rules.items():
+        _checked(lambda rule=rule: rule.check(mixture), f"{path}.rules.{kind}")
     if losses and not mixture.routed:
         raise ConfigError(
             f"{path}.losses={sorted(losses)}: expected none, since router.kind=none routes nothing."
@@ -327,6 +353,14 @@ def _mixture(name: str, keys: Any, original: Mapping[str, Any], path: str) -> Mi
                 f"have; expected {fit}."
             )
     return mixture
+
+
+def _checked(check: Callable[[], None], path: str, separator: str = ": ") -> None:
+    """What a part refuses, under the key by which the user knows it."""
+    try:
+        check()
+    except ConfigError as error:
+        raise ConfigError(f"{path}{separator}{error}") from None
 
 
 def _banks(data: Mapping[str, Any], original: Mapping[str, Any], path: str) -> dict[str, Experts]:
@@ -362,23 +396,16 @@ def _banks(data: Mapping[str, Any], original: Mapping[str, Any], path: str) -> d
     order = {
         place: i for i, place in enumerate(PLACES)
     }  # not the mapping's own order: a saved config sorts its keys
-    return dict(
-        sorted(
-            banks.items(), key=lambda item: (order[getattr(item[1], "targets", (item[1].place,))[0]], item[0])
-        )
-    )
+    return dict(sorted(banks.items(), key=lambda item: (order[item[1].places[0]], item[0])))
 
 
 def _check_places(mixture: Mixture, path: str) -> None:
     for name, bank in mixture.banks.items():
-        allowed = {"linear": ("linear",), "ffn": ("ffn",), "block": ("linear", "ffn", "attention")}[
-            mixture.site
-        ]
-        if bank.place not in allowed:
-            fits = sorted(k for k, c in Experts.kinds().items() if c.place in allowed)
+        if mixture.site not in bank.sites:
+            fits = sorted(k for k, c in Experts.kinds().items() if mixture.site in c.sites)
             raise ConfigError(
-                f"{path}.experts.{name}: {bank.kind} sits at '{bank.place}', but site={mixture.site} "
-                f"takes {', '.join(fits)}."
+                f"{path}.experts.{name}: {bank.kind} takes site={' or '.join(bank.sites)}, but "
+                f"site={mixture.site} takes {', '.join(fits)}."
             )
     if mixture.site == "linear" and len(mixture.banks) > 1:
         raise ConfigError(
@@ -386,7 +413,7 @@ def _check_places(mixture: Mixture, path: str) -> None:
         )
     if mixture.site == "linear" and mixture.gates != "expert":
         raise ConfigError(f"{path}.gates={mixture.gates!r}: expected 'expert' at a linear site.")
-    replacing = [n for n, b in mixture.banks.items() if getattr(b, "replaces", False)]
+    replacing = [n for n, b in mixture.banks.items() if b.replaces]
     if replacing and mixture.site == "block":
         raise ConfigError(
             f"{path}.experts.{replacing[0]}: expected site=ffn, since these experts run the whole block."

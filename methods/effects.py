@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .bank import LinearExperts
+from .bank import constant_tensors
 from .recorder import Context
 from .routing import Routing, one_hot
 
@@ -62,7 +62,7 @@ class Watched:
             frozen = self.run(lambda r: weighted(r, torch.zeros_like(r.weights)))
         else:
             with _gathered(self.site):
-                frozen = _hidden(self.site.module.base_layer(*self.args, **self.kwargs))
+                frozen = self._given(self.site.module.base_layer(*self.args, **self.kwargs))
 
         def alone(e: int) -> Tensor:
             return self.run(
@@ -92,9 +92,13 @@ class Watched:
             self.context, recorder=None, gates={}, seen=set(), shared={}, changes={self.site.name: change}
         )
         if self.site.kind == "block":
-            return _hidden(self.site.module(*self.args, **(self.kwargs | {"mixture_context": context})))
+            return self._given(self.site.module(*self.args, **(self.kwargs | {"mixture_context": context})))
         with _gathered(self.site), self.site.layer.within(context):
-            return _hidden(self.site.module(*self.args, **self.kwargs))
+            return self._given(self.site.module(*self.args, **self.kwargs))
+
+    def _given(self, output: Any) -> Tensor:
+        """Of what the module gives, the hidden states that the site's decision concerns."""
+        return _hidden(output)[..., self.site.columns]
 
 
 def weighted(routing: Routing, weights: Tensor) -> Routing:
@@ -106,13 +110,13 @@ def can_run(site: Site) -> bool:
     """Whether `outputs` tells experts apart from the frozen model: not at a block whose experts replace a
     part of it."""
     return site.router is not None and not (
-        site.kind == "block" and any(getattr(view.part, "replaces", False) for view in site.banks)
+        site.kind == "block" and any(view.part.replaces for view in site.banks)
     )
 
 
 def has_low_rank(site: Site) -> bool:
     """Whether the experts are one bank of low-rank pairs on one linear."""
-    return site.kind == "linear" and len(site.banks) == 1 and isinstance(site.banks[0].part, LinearExperts)
+    return site.kind == "linear" and len(site.banks) == 1 and site.banks[0].part.low_rank
 
 
 @torch.no_grad()
@@ -135,7 +139,7 @@ def _alone(site: Site, s: Tensor) -> Tensor:
     A bank mixes projections linearly (`LinearExperts.mix`); what it gives without any expert is taken off.
     """
     part = site.banks[0].part
-    constants = site.layer._constants_of(part, s.device)
+    constants = constant_tensors(part, s.device)
     given = [torch.zeros(part.n, device=s.device), *torch.eye(part.n, device=s.device)]
     nothing, *alone = (part.mix(s.unsqueeze(1), w.expand(len(s), 1, -1), constants)[:, 0] for w in given)
     return torch.stack(alone) - nothing
@@ -163,7 +167,12 @@ def _hooks(site: Site, watched: dict[str, Watched]) -> Iterator[Any]:
     def attends(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         watched[site.name].read = (args[0] if args else kwargs["hidden_states"]).detach()
 
+    def gives(module: nn.Module, args: tuple, output: Tensor) -> None:
+        watched[site.name].read = output.detach()[..., site.columns]
+
     yield site.module.register_forward_pre_hook(called, with_kwargs=True)
+    if site.kind == "linear" and site.banks[0].part.reads_output(site.banks[0].place):
+        yield site.module.base_layer.register_forward_hook(gives)
     if site.kind == "block" and site.mixture.input == "normed":
         yield site.layer.layer.attention.register_forward_pre_hook(attends, with_kwargs=True)
 

@@ -97,3 +97,25 @@ class ZLoss(Loss):
             [token_mean(r.logits.logsumexp(-1, keepdim=True).square(), r.mask)[:, 0] for r in routings]
         )
         return values.mean(0, keepdim=True) if self.scope == "model" else values
+
+
+@dataclass(frozen=True)
+class LabelCrossEntropy(Loss):
+    """`L = mean_b -log softmax(z_b)[label_b]` over sequences b (arXiv 2403.03432 teaches its routers by domain
+    labels; coefficient and mean are ours). Read where the router was given labels, in training."""
+
+    kind = "label_cross_entropy"
+    reduce: Literal["sum", "mean"] = "mean"
+
+    @property
+    def reads(self):
+        return "labels"
+
+    def per_site(self, routings):
+        values = []
+        for routing in routings:
+            every = slice(None, None, routing.length)  # a decision a sequence
+            logp = routing.logits[every].log_softmax(-1)  # [B, G, E]
+            values.append(-logp.gather(-1, routing.extras["labels"][every])[..., 0].mean(0))
+        values = torch.cat(values)
+        return values.mean(0, keepdim=True) if self.scope == "model" else values

@@ -15,17 +15,20 @@ else:
 
 @dataclass(frozen=True)
 class Param:
-    """Shape and initial distribution of one trainable tensor.
+    """Shape and initial distribution of one tensor.
 
-    init: `zeros`, `normal` (std = scale), `uniform` (on +-scale).
+    init: `zeros`, `normal` (std = scale), `uniform` (on +-scale), `full` (all scale). trained: a parameter;
+    otherwise a buffer, saved, resumed and moved with the parameters, which only rules change.
     """
 
     shape: tuple[int, ...]
     init: str = "zeros"
     scale: float = 1.0
+    trained: bool = True
 
-    def make(self, device: torch.device) -> torch.nn.Parameter:
-        """The tensor in fp32 on `device`; draws from torch's global generator."""
+    def make(self, device: torch.device) -> torch.Tensor:
+        """The tensor in fp32 on `device`, a Parameter where it is trained; draws from torch's global
+        generator."""
         data = torch.empty(self.shape, dtype=torch.float32, device=device)
         init = torch.nn.init
         if self.init == "normal":
@@ -33,8 +36,8 @@ class Param:
         elif self.init == "uniform":
             init.uniform_(data, -self.scale, self.scale)
         else:
-            init.zeros_(data)
-        return torch.nn.Parameter(data)
+            init.constant_(data, self.scale if self.init == "full" else 0.0)
+        return torch.nn.Parameter(data) if self.trained else data
 
 
 def linear_default(out: int, fan_in: int) -> Param:

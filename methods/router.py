@@ -20,12 +20,15 @@ from .spec import NonNegative, Part
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moabench.kernels.route import Rule
+    from moabench.kernels import route
 
     from .recorder import Context
+    from .rule import Rule
 
 backend = Lazy("moabench.kernels.backend")
 fused = Lazy("moabench.kernels.route")
+F = Lazy("torch.nn.functional")
+NONE: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -42,38 +45,61 @@ class Router(Part):
     gives: ClassVar[tuple[str, ...]] = ("probs", "logits")
     """What a loss finds in its Routing besides weights and selection: probs, logits, tau."""
 
+    linear: ClassVar[bool] = False
+    """Whether its scores are one linear map of the token, `heads`, which the GEMM of its place can make."""
+    reads_facts: ClassVar[bool] = False
+    """Whether it decides from facts about the batch, once a pass for all sites, and never sees a hidden
+    state."""
+
     granularity: Literal["token", "sequence"] = "token"
     pool: Literal["prompt_mean", "last_prompt", "official_mean"] = "prompt_mean"
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the decision depends on which tokens are the prompt, so that padding must be known."""
+        return self.granularity == "sequence"
+
+    def reads_skills(self, training: bool) -> bool:
+        """Whether it needs `skill_ids` [B] in training, or outside of it: facts routers find them in the
+        context, others get them in `route` as `labels`."""
+        return False
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What must happen at the moments of training for this router to be what it is."""
+        return ()
 
     def check(self, experts: int) -> None:
         """Raise ConfigError where this router cannot choose among `experts` experts."""
 
     def params(self, d: int, experts: int) -> dict[str, Param]:
-        """The tensors of one site: input width `d`, `experts` experts."""
+        """The tensors of one site: input width `d`, `experts` experts. Buffers are handed to `route` by
+        name."""
         raise NotImplementedError
 
     def scores(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Router outputs [T, H] of the fp32 input x [T, D]. Routers that are one linear map define `heads`
-        instead."""
+        """Router outputs [..., H] of the fp32 input x [..., D]. Routers that are one linear map define
+        `heads` instead."""
         raise NotImplementedError
 
-    def route(self, scores: Tensor, training: bool) -> Routing:
-        """The decision for scores [..., H] in fp32; leading dimensions are kept."""
+    def route(self, scores: Tensor, training: bool, **buffers: Tensor) -> Routing:
+        """The decision for scores [..., H] in fp32; leading dimensions are kept. buffers: those that the
+        router declares, [E], or [G, E] for scores [T, G, H]."""
         raise NotImplementedError
 
     @property
-    def rule(self) -> Rule | None:
+    def rule(self) -> route.Rule | None:
         """`route` as data, by which one kernel does it; None where it is no `moabench.kernels.route.Rule`,
         and `route` always runs."""
         return None
 
 
-def decide(router: Router, scores: Tensor, training: bool) -> Routing:
+def decide(router: Router, scores: Tensor, training: bool, buffers: Mapping[str, Tensor] = NONE) -> Routing:
     """The decision for scores [T, H] or [T, G, H]: `router.route`, or where Triton runs the kernel of its
     rule."""
     rule = router.rule
     if rule is None or not backend.triton_for(scores):
-        return router.route(scores, training)
+        return router.route(scores, training, **buffers)
     made = fused.decide(scores, rule)
     extras = {} if made.tau is None else {"tau": made.tau}
     logits = fused.experts_only(scores, rule)
@@ -87,6 +113,8 @@ class LinearRouter(Router):
     The maps of all sites that read the same input are computed by one GEMM. bias: give each expert's score a
     bias. init_std: draw W from N(0, init_std^2); null draws it like torch.nn.Linear.
     """
+
+    linear = True
 
     bias: bool = False
     init_std: NonNegative | None = None
@@ -103,6 +131,9 @@ class LinearRouter(Router):
         """Weight [H, D] and bias [H] or None of the linear map."""
         return p["weight"], p.get("bias")
 
+    def scores(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return F.linear(x, *self.heads(p))
+
 
 @dataclass(frozen=True)
 class FactRouter(Router):
@@ -114,8 +145,11 @@ class FactRouter(Router):
     """
 
     gives = ()
-    reads_prompt: ClassVar[bool] = False
-    """Whether the decision depends on which tokens are the prompt, so that padding must be known."""
+    reads_facts = True
+
+    @property
+    def reads_prompt(self) -> bool:
+        return False
 
     def params(self, d: int, experts: int) -> dict[str, Param]:
         return {}

@@ -29,6 +29,7 @@ class Routing:
     ids     [T, K]   selected experts in order of score where every token selects exactly K; None otherwise
     mask    [T]      bool, real tokens; padding belongs to no load, loss or measure; None where every token is
             real
+    length           rows in a row that share a decision: 1, or the L positions of a sequence
     extras           further tensors of one router by name, e.g. AdaMoLE's threshold `tau` [T, 1]
     """
 
@@ -40,6 +41,7 @@ class Routing:
     mask: Tensor | None = None
     experts: tuple[str, ...] = ()
     granularity: str = "token"
+    length: int = 1
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -68,7 +70,7 @@ class Routing:
     def per_token(self, length: int) -> Routing:
         """A decision a sequence [B, E] as one a token [B length, E]."""
         expanded = self.map(lambda t: t.unsqueeze(1).expand(-1, length, *t.shape[1:]).flatten(0, 1))
-        expanded.granularity = "sequence"
+        expanded.granularity, expanded.length = "sequence", length
         return expanded
 
 

@@ -18,7 +18,6 @@ from moabench.analysis.measures import routing as measure
 from moabench.benchmarks.data import batches
 from moabench.methods import record, watch
 from moabench.methods.effects import Watched, can_run, has_low_rank, low_rank_pairs
-from moabench.methods.router import LinearRouter
 
 if TYPE_CHECKING:
     from moabench.methods import Routing
@@ -132,7 +131,7 @@ def _geometry(site: Site, found: Pass) -> Values:
         )
         values = {"representation/rc": rc, "representation/rc_shuffled": shuffled}
         values["representation/clustering"] = representation.clustering(rc, shuffled)
-    if isinstance(site.router, LinearRouter):
+    if site.router.linear:
         weight = site.router.heads(site.tensors)[0][: len(site.experts)]
         values["representation/span_share"] = representation.span_share(x, weight)
         values["representation/router_cosine"] = representation.row_cosine(weight)

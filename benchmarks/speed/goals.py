@@ -89,7 +89,7 @@ def added_waits(report: Report) -> Values:
 
 def reads_skills(method: str) -> bool:
     """Whether a method's router is told the true skills."""
-    return any(getattr(m.router, "reads_skills", False) for m in catalog.parse(catalog.raw(method)).mixtures)
+    return any(m.router.reads_skills(True) for m in catalog.parse(catalog.raw(method)).mixtures)
 
 
 def saved(report: Report) -> Values:

@@ -17,7 +17,11 @@ class LoRA(LinearExperts):
 
     @property
     def sortable(self):
-        return len(set(self.ranks)) == 1
+        return len(set(self.ranks)) == 1 and self.gate_grad == "plain"
+
+    @property
+    def owners(self):
+        return {"A": (0, self.owner), "B": (1, self.owner)}
 
     def params(self, d_in, d_out):
         rows = sum(self.ranks)

@@ -25,6 +25,10 @@ class SharedALoRA(LinearExperts):
         if isinstance(self.r, tuple):
             raise ConfigError(f"r={list(self.r)}: expected one rank, since the experts share A.")
 
+    @property
+    def owners(self):
+        return {"B": (1, self.owner)}
+
     def params(self, d_in, d_out):
         return {"A": linear_default(self.r, d_in), "B": Param((d_out, self.n * self.r))}
 

@@ -4,7 +4,7 @@ such label."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from ..router import FactRouter
 from ..routing import one_hot
@@ -21,8 +21,10 @@ class Oracle(FactRouter):
     """
 
     kind = "oracle"
-    reads_skills: ClassVar[bool] = True
     granularity: Literal["sequence"] = "sequence"
+
+    def reads_skills(self, training):
+        return True
 
     def decide(self, context, experts):
         if context.skill_ids is None:

@@ -25,9 +25,12 @@ class Random(FactRouter):
     """
 
     kind = "random"
-    reads_prompt = True
     granularity: Literal["token", "sequence"] = "sequence"
     seed: Count = 1
+
+    @property
+    def reads_prompt(self):
+        return True
 
     def decide(self, context, experts):
         if context.continues:

@@ -108,6 +108,11 @@ class DecoderLayer:
     def width(self) -> int:
         return self.places["q"].shape[0]
 
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.attention.head_dim
+
     def require(self, roles) -> None:
         """Raise ConfigError naming what was sought and what the layer has, unless every role is there."""
         missing = [r for r in roles if r not in self.places]

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..recorder import Context
-from ..router import FactRouter, Router
+from ..router import Router
 from ..spec import ConfigError
 from . import attention
 from .architecture import DecoderLayer, decoder_layers, keep_layout
@@ -69,9 +69,9 @@ class MixtureModel(BaseTuner):
             raise ConfigError(
                 f"layers: layer {min(outside)} is named, but this model's are 0 to {len(self._layers) - 1}."
             )
-        for i, layer in enumerate(self._described(model).values()):  # refuse before anything is attached
-            Plan(method.in_layer(i), layer)
-        if any(bank.place == "attention" for m in method.mixtures for bank in m.banks.values()):
+        # refuse before anything is attached
+        plans = [Plan(method.in_layer(i), layer) for i, layer in enumerate(self._described(model).values())]
+        if any(plan.attention for plan in plans):
             attention.route_attention(model)
 
     def _described(self, model: nn.Module) -> dict[str, DecoderLayer]:
@@ -184,14 +184,11 @@ class MixtureModel(BaseTuner):
 
     def _pools(self) -> bool:
         """True where a router of the active adapter reads the prompt as a whole."""
-        return any(
-            r.reads_prompt if isinstance(r, FactRouter) else r.granularity == "sequence"
-            for r in self._routers()
-        )
+        return any(router.reads_prompt for router in self._routers())
 
     def _skills(self, given: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Skill ids [B] for the routers that read them, checked; None where none does or none were given."""
-        if not any(getattr(router, "reads_skills", False) for router in self._routers()):
+        if not any(router.reads_skills(self.training) for router in self._routers()):
             return None
         count = tokens.shape[0]
         if given is None and self.generating_skills is not None:
@@ -268,7 +265,7 @@ def param_count(model: nn.Module) -> dict[str, int]:
         "total": sum(p.numel() for p in model.parameters()),
     }
     for layer in (m for m in model.modules() if isinstance(m, MixtureLayer)):
-        for name, tensor in layer.tensors[layer.active_adapters[0]].items():
+        for name, tensor in layer.tensors[layer.active_adapters[0]]._parameters.items():
             part = name.split("__")[1]
             kinds = ("routers",) if part == "router" else ("experts", part)
             for kind in kinds:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..bank import Experts, LinearExperts
+from ..bank import Experts
 from ..router import Router
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class Site:
 
     `experts` names the router's outputs; `tensors` are the router's. `module` is what runs there: the wrapped
     linear or feed-forward block, or the decoder layer; `layer` is the layer's mixtures, of which `mixture` is
-    this one. `place` is the last part of the name.
+    this one. `place` is the last part of the name. `columns`: of the module's output, those that this site's
+    decision concerns, where a token has several decisions at one linear (one a head).
     """
 
     name: str
@@ -65,40 +67,45 @@ class Site:
     module: nn.Module
     layer: MixtureLayer
     mixture: Mixture
+    columns: slice = field(default_factory=lambda: slice(None))
 
 
 def layer_sites(layer: MixtureLayer) -> list[Site]:
     """Sites of the active adapter in one decoder layer."""
-    sites = []
-    for mixture in layer.plan.mixtures if layer.plan is not None else ():
-        places = [
-            (name, bank, place)
-            for name, bank in mixture.banks.items()
-            for place in (bank.targets if isinstance(bank, LinearExperts) else (bank.place,))
-        ]
-        views = [
-            BankView(name, bank, place, layer.tensor(mixture, name, place)) for name, bank, place in places
-        ]
-        groups = [(v.place, [v]) for v in views] if mixture.site == "linear" else [(mixture.site, views)]
-        for place, banks in groups:
-            router = mixture.router if mixture.routed else None
-            tensors = layer.tensor(mixture, "router", place) if mixture.routed else {}
-            name, module = layer.site_name(mixture, place), _module(layer, mixture.site, place)
-            sites.append(
-                Site(
-                    name,
-                    mixture.site,
-                    router,
-                    mixture.expert_names,
-                    tensors,
-                    banks,
-                    place,
-                    module,
-                    layer,
-                    mixture,
-                )
+    return [
+        site for mixture in (layer.plan.mixtures if layer.plan else ()) for site in _sites(layer, mixture)
+    ]
+
+
+def _sites(layer: MixtureLayer, mixture: Mixture) -> Iterator[Site]:
+    views = [
+        BankView(name, bank, place, layer.tensor(mixture, name, place))
+        for name, bank in mixture.banks.items()
+        for place in bank.places
+    ]
+    groups = [(v.place, [v]) for v in views] if mixture.site == "linear" else [(mixture.site, views)]
+    router = mixture.router if mixture.routed else None
+    for place, banks in groups:
+        tensors = layer.tensor(mixture, "router", place) if mixture.routed else {}
+        module, decisions, width = _module(layer, mixture.site, place), 1, 0
+        if mixture.site == "linear":
+            decisions, width = banks[0].part.heads(
+                place, *layer.layer.places[place].shape, layer.layer.head_dim
             )
-    return sites
+        for g, name in enumerate(layer.site_names(mixture, place, decisions)):
+            yield Site(
+                name,
+                mixture.site,
+                router,
+                mixture.expert_names,
+                tensors,
+                banks,
+                name.rpartition(".")[2],
+                module,
+                layer,
+                mixture,
+                slice(g * width, (g + 1) * width) if decisions > 1 else slice(None),
+            )
 
 
 def _module(layer: MixtureLayer, kind: str, place: str) -> nn.Module:

@@ -85,7 +85,10 @@ def test_attach_train_generate_save_disable(name, plain, tmp_path):
         assert torch.equal(logits(model, **inputs), want)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
-    assert torch.equal(logits(loaded, **inputs), logits(model, **inputs))
+    for (name_, saved), again in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(saved, again), name_
+    # small products may round otherwise where a loaded tensor lies otherwise in memory
+    assert_near("logits of the loaded", logits(loaded, **inputs), logits(model, **inputs), 3e-6)
 
 
 @pytest.mark.parametrize("name", ["molora", "hydralora", "adamole"])

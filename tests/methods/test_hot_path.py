@@ -27,7 +27,7 @@ def facts(name: str, sequences: int = 2) -> dict[str, torch.Tensor]:
 
 
 def reads_skills(name: str) -> bool:
-    return any(getattr(m.router, "reads_skills", False) for m in METHODS[name].mixtures)
+    return any(m.router.reads_skills(True) for m in METHODS[name].mixtures)
 
 
 def step(model, name: str = "", device: str = "cpu") -> None:
@@ -132,7 +132,8 @@ def test_what_a_mixture_keeps_is_rank_side(name):
     mixture = METHODS[name].mixtures[0]
     bank = next(iter(mixture.banks.values()))
     linears = len(bank.targets)
-    allowed = linears * 4 * (2 * len(bank.owner) + 6 * bank.n)
+    mixed = 2 if bank.gate_grad == "plain" else 3  # S, Sw, and S sqrt(w)
+    allowed = linears * 4 * (mixed * len(bank.owner) + 6 * bank.n)
     assert linears * 4 * len(bank.owner) <= added(name) <= allowed
 
 
@@ -151,7 +152,14 @@ def test_what_a_mixture_keeps_does_not_depend_on_the_output_widths(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in ALL if METHODS[n].mixtures[0].site in ("linear", "ffn") and n not in GIVEN]
+    "name",
+    [
+        n
+        for n in ALL
+        if METHODS[n].mixtures[0].site in ("linear", "ffn")
+        and n not in GIVEN
+        and {"down", "ffn"} & {p for b in METHODS[n].mixtures[0].banks.values() for p in b.places}
+    ],
 )
 def test_compiled_gives_the_same_numbers(name):
     """Output and gradients of a layer's feed-forward block with its mixtures, eager and compiled; the graph
@@ -169,6 +177,6 @@ def test_compiled_gives_the_same_numbers(name):
         grads = {n: p.grad for n, p in trainable(model).items() if p.grad is not None}
         results.append({"y": y.detach(), "x": x.grad} | grads)
     eager, compiled = results
-    assert eager.keys() == compiled.keys() and len(eager) > 4
+    assert eager.keys() == compiled.keys() and len(eager) > 3
     for n, t in eager.items():
         assert_near(n, compiled[n], t, 1e-6)

@@ -8,7 +8,6 @@ import transformers as tf
 
 from moabench import methods
 from moabench.methods import catalog
-from moabench.methods.router import FactRouter
 
 VOCAB, PAD = 97, 0
 SIZES = dict(
@@ -35,9 +34,11 @@ ARCHITECTURES = {
 }
 METHODS = {name: catalog.parse(catalog.raw(name)) for name in catalog.names()}
 GIVEN = [
-    n for n, m in METHODS.items() if any(isinstance(mixture.router, FactRouter) for mixture in m.mixtures)
+    n
+    for n, m in METHODS.items()
+    if any(mixture.router.reads_facts or mixture.router.reads_skills(True) for mixture in m.mixtures)
 ]
-"""Methods routed by facts of the batch instead of hidden states: test_oracle.py."""
+"""Methods routed or taught by facts of the batch: test_oracle.py, test_label_classifier.py."""
 MIXTURES = [name for name, method in METHODS.items() if method.tuner == "mixture" and name not in GIVEN]
 ADAPTERS = [
     name for name, method in METHODS.items() if method.tuner in ("mixture", "peft") and name not in GIVEN

@@ -1,0 +1,52 @@
+"""A router that is taught, by label, to name the expert of a prompt (Mixture-of-LoRAs)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..lazy import Lazy
+from ..router import LinearRouter
+from ..routing import one_hot
+from ..spec import ConfigError
+
+torch = Lazy("torch")
+
+
+@dataclass(frozen=True)
+class LabelClassifier(LinearRouter):
+    """`w = onehot(argmax(W h + b))`, once a sequence, h the last prompt token (arXiv 2403.03432).
+
+    While training `w = onehot(label)`: the row's `skill_ids` are its label, and must be given. The weight is
+    constant, so that the task's loss gives the router no gradient; `label_cross_entropy` teaches it. h is
+    detached: what the router is taught does not change the experts below.
+    """
+
+    kind = "label_classifier"
+    gives = ("logits", "labels")
+    bias: bool = True
+    granularity: Literal["sequence"] = "sequence"
+    pool: Literal["last_prompt", "prompt_mean"] = "last_prompt"
+
+    def reads_skills(self, training):
+        return training
+
+    def scores(self, p, x):
+        return super().scores(p, x.detach())
+
+    def route(self, scores, training, labels=None):
+        experts = scores.shape[-1]
+        if not training:
+            expert = scores.argmax(-1)
+        elif labels is None:
+            raise ConfigError(
+                "skill_ids=None: expected [batch] int64 in training, since router.kind=label_classifier is taught "
+                "by them."
+            )
+        else:
+            torch._assert_async((labels < experts).all(), "skill_ids: a label without an expert")
+            expert = labels
+        made = one_hot(expert, experts)
+        made.logits = scores
+        made.extras = {"labels": expert.unsqueeze(-1)}
+        return made
