@@ -56,8 +56,8 @@ class Experts(Part):
         return place
 
     def heads(self, place: str, d_in: int, d_out: int, head_dim: int) -> tuple[int, int]:
-        """(H, width): how many decisions a token has on the linear at `place`, whose sizes are given, and how wide
-        what each of them reads is."""
+        """(H, width): how many decisions a token has on the linear at `place`, whose sizes are given, and how
+        wide what each of them reads is."""
         return 1, d_in
 
     def reads_output(self, place: str) -> bool:
@@ -82,8 +82,8 @@ class LinearExperts(Experts):
 
     r: rank of each expert, one number or one for each expert. scale of an expert: alpha / r, with rslora
     alpha / sqrt(r) (arXiv 2312.03732). dropout: share of the inputs of A set to 0 in training, with one mask
-    for all experts of one input. gate_grad=sqrt: the experts' gradients are scaled by the root of their weights
-    instead of the weights, value and router gradient staying as they are (arXiv 2502.15828).
+    for all experts of one input. gate_grad=sqrt: the experts' gradients are scaled by the root of their
+    weights instead of the weights, value and router gradient staying as they are (arXiv 2502.15828).
     """
 
     seam = "low_rank"
@@ -230,7 +230,8 @@ class AttentionExperts(Experts):
 
 
 def constant_tensors(bank: Experts, device: torch.device) -> dict[str, Tensor]:
-    """The bank's constants on `device`; normal tensors in inference mode too, since training may use them later."""
+    """The bank's constants on `device`; normal tensors in inference mode too, since training may use them
+    later."""
     with torch.inference_mode(False):
         return {name: torch.tensor(values, device=device) for name, values in bank.constants().items()}
 

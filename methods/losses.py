@@ -101,8 +101,8 @@ class ZLoss(Loss):
 
 @dataclass(frozen=True)
 class LabelCrossEntropy(Loss):
-    """`L = mean_b -log softmax(z_b)[label_b]` over sequences b (arXiv 2403.03432 teaches its routers by domain
-    labels; coefficient and mean are ours). Read where the router was given labels, in training."""
+    """`L = mean_b -log softmax(z_b)[label_b]` over sequences b (arXiv 2403.03432 teaches its routers by
+    domain labels; coefficient and mean are ours). Read where the router was given labels, in training."""
 
     kind = "label_cross_entropy"
     reduce: Literal["sum", "mean"] = "mean"

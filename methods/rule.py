@@ -1,8 +1,9 @@
-"""The family of rules: what happens to a method at fixed moments of its training, beside the optimiser's step.
+"""The family of rules: what happens to a method at fixed moments of its training, beside the optimiser's
+step.
 
-A rule is options plus functions of sites (tuner/sites.py), called by `Moments` (tuner/moments.py) once a moment
-however the batch is cut: gradient accumulation, checkpointing, several processes and a resumed run call none
-twice. What a rule remembers from step to step it keeps in buffers that a part declares (`Param(...,
+A rule is options plus functions of sites (tuner/sites.py), called by `Moments` (tuner/moments.py) once a
+moment however the batch is cut: gradient accumulation, checkpointing, several processes and a resumed run
+call none twice. What a rule remembers from step to step it keeps in buffers that a part declares (`Param(...,
 trained=False)`), which are saved and resumed with the adapter.
 """
 

@@ -4,8 +4,8 @@
       - kind: each_expert      # an expert for each label, alone on the rows of that label
       - kind: routers          # then the routers
 
-A stage is options plus what it says of itself; benchmarks/run/stages/train.py does it, resumes it and times it.
-Without stages a method has one training, of everything.
+A stage is options plus what it says of itself; benchmarks/run/stages/train.py does it, resumes it and times
+it. Without stages a method has one training, of everything.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Round:
-    """One training of a stage. parts: `experts`, `routers` or both train; label: only on the rows of this label,
-    and of tensors whose parts belong to one expert each only those of the expert of that number; share: of the
-    length that the stage has."""
+    """One training of a stage. parts: `experts`, `routers` or both train; label: only on the rows of this
+    label, and of tensors whose parts belong to one expert each only those of the expert of that number;
+    share: of the length that the stage has."""
 
     name: str
     parts: tuple[Literal["experts", "routers"], ...]

@@ -218,7 +218,8 @@ def train_step(rival: Rival, ids: Tensor) -> Tensor:
     clear(model)
     with backend.use(rival.backend):
         if not any(p.requires_grad for p in model.parameters()):
-            # without a cache, as in every other step: such a pass waits once, to see whether sequences are packed
+            # without a cache, as in every other step: such a pass waits once, to see whether sequences are
+            # packed
             embedded = model.get_input_embeddings()(ids).requires_grad_()
             loss = model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
         else:

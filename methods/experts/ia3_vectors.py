@@ -47,8 +47,8 @@ class IA3Vectors(AroundExperts):
     def forward(self, p, place, x, linear, route):
         def scaled(a):  # [T, H, width]
             w = route(a)  # [T, H, E]
-            l = p["vectors"]
-            mixed = l.sum(1) if w is None else (w.transpose(0, 1) @ l.to(w.dtype)).transpose(0, 1)
+            vectors = p["vectors"]
+            mixed = vectors.sum(1) if w is None else (w.transpose(0, 1) @ vectors.to(w.dtype)).transpose(0, 1)
             return (a * mixed.to(a.dtype)).flatten(1)
 
         if place == "down":

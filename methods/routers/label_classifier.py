@@ -40,7 +40,8 @@ class LabelClassifier(LinearRouter):
             expert = scores.argmax(-1)
         elif labels is None:
             raise ConfigError(
-                "skill_ids=None: expected [batch] int64 in training, since router.kind=label_classifier is taught "
+                "skill_ids=None: expected [batch] int64 in training, since router.kind=label_classifier is "
+                "taught "
                 "by them."
             )
         else:

@@ -16,8 +16,8 @@ torch = Lazy("torch")
 
 @dataclass(frozen=True)
 class SigmoidBias(LinearRouter):
-    """`s = sigmoid(W x)`, `S = top-k(s + b)`, `w_i = route_scale s_i / sum_S s` on S, else 0 (arXiv 2408.15664;
-    2412.19437).
+    """`s = sigmoid(W x)`, `S = top-k(s + b)`, `w_i = route_scale s_i / sum_S s` on S, else 0 (arXiv
+    2408.15664; 2412.19437).
 
     b [E] only selects: it is a buffer, 0 at the start, which `BalanceLoads` moves by `speed` after each
     optimiser step. With k = 1 the normalised weight would be constant and the router without a gradient, so

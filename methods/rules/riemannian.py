@@ -19,10 +19,10 @@ class Riemannian(Rule):
 
     in fp32, once an optimiser step, on the gradients of the whole accumulated and clipped batch (arXiv
     2502.15828; of a single LoRA arXiv 2402.02347). damping: delta. relative: delta times the mean of the Gram
-    matrix's diagonal instead, which does not blow up the first steps, where B is almost 0, and does not vanish
-    beside large factors; the official code adds the constant. It also updates A before it looks at A A^T for B;
-    here both are taken from the same A and B, as in its SGD form. Raises ConfigError for banks whose experts
-    have no pair of their own.
+    matrix's diagonal instead, which does not blow up the first steps, where B is almost 0, and does not
+    vanish beside large factors; the official code adds the constant. It also updates A before it looks at A
+    A^T for B; here both are taken from the same A and B, as in its SGD form. Raises ConfigError for banks
+    whose experts have no pair of their own.
     """
 
     kind = "riemannian"
@@ -33,7 +33,8 @@ class Riemannian(Rule):
         for name, bank in mixture.banks.items():
             if not {"A", "B"} <= bank.owners.keys():
                 raise ConfigError(
-                    f"experts.{name}: each expert of {bank.kind} needs a pair A, B of its own; expected kind lora."
+                    f"experts.{name}: each expert of {bank.kind} needs a pair A, B of its own; expected "
+                    "kind lora."
                 )
 
     def after_backward(self, sites):

@@ -1,1 +1,2 @@
-"""Stages of training, one file each, found by their `kind`: what of a method is trained, and on which rows."""
+"""Stages of training, one file each, found by their `kind`: what of a method is trained, and on which
+rows."""

@@ -10,9 +10,9 @@ from ..stage import Round, Stage
 
 @dataclass(frozen=True)
 class EachExpert(Stage):
-    """One training an expert, on the rows of its label alone and with an optimiser of its own, while the others
-    stay as they are (arXiv 2403.03432). All together see every row once in `length` passes: each has its label's
-    share of the steps.
+    """One training an expert, on the rows of its label alone and with an optimiser of its own, while the
+    others stay as they are (arXiv 2403.03432). All together see every row once in `length` passes: each has
+    its label's share of the steps.
 
     The method's router must send a row of label e to expert e while it trains, as `label_classifier` does.
     """
@@ -27,13 +27,15 @@ class EachExpert(Stage):
         for mixture in mixtures:
             if mixture.router.kind != "label_classifier":
                 raise ConfigError(
-                    f"router.kind={mixture.router.kind}: expected label_classifier, which sends the rows of a label "
+                    f"router.kind={mixture.router.kind}: expected label_classifier, which sends the rows of "
+                    "a label "
                     "to its expert while it trains."
                 )
             for name, bank in mixture.banks.items():
                 if not {"A", "B"} <= bank.owners.keys():
                     raise ConfigError(
-                        f"experts.{name}: experts of {bank.kind} share tensors and cannot train alone; expected lora."
+                        f"experts.{name}: experts of {bank.kind} share tensors and cannot train alone; "
+                        "expected lora."
                     )
 
     def rounds(self, counts):

@@ -1,5 +1,5 @@
-"""Decisions that are more than a router's equation on a token: one a sequence, made from its prompt and kept beside
-the KV cache; one for all sites of a pass, from the facts of the batch."""
+"""Decisions that are more than a router's equation on a token: one a sequence, made from its prompt and kept
+beside the KV cache; one for all sites of a pass, from the facts of the batch."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def columns(weights: Tensor, places: list[list[int]]) -> Tensor:
 def sequence_decision(
     router: Router, name: str, hidden: Tensor, context: Context, decide: Callable[[Tensor], Routing]
 ) -> Routing:
-    """One decision a sequence [B, G, E], made by `decide` from the pooled prompt [B, G, d] of hidden [B, L, G, d]
-    at the prefill, and kept beside the cache under the site's name while decoding."""
+    """One decision a sequence [B, G, E], made by `decide` from the pooled prompt [B, G, d] of hidden [B, L,
+    G, d] at the prefill, and kept beside the cache under the site's name while decoding."""
     if context.continues:
         if router.pool == "official_mean":
             raise ConfigError(

@@ -2,8 +2,8 @@
 
 The layer's linears and feed-forward block are wrapped (wrappers.py); the wrappers own nothing and ask the
 `MixtureLayer`, which holds the tensors of every adapter and hands the work to the seams of the active one
-(seams/). What a layer decides during a pass (a block's routing, outputs of linears that share an input) lives in
-`self.live` from the start of its attention to the layer's end and nowhere else.
+(seams/). What a layer decides during a pass (a block's routing, outputs of linears that share an input) lives
+in `self.live` from the start of its attention to the layer's end and nowhere else.
 
 Shapes: B sequences, L positions, T = B L tokens, d width, G decisions a token at one place, E experts.
 """
@@ -36,8 +36,8 @@ from .wrappers import RoutedFeedForward, RoutedLinear
 
 @dataclass
 class Live:
-    """What belongs to one forward pass of one layer. routings: of block routers, by mixture; shared: outputs of
-    linears that run together, until they are asked for, by group (seams/low_rank.py)."""
+    """What belongs to one forward pass of one layer. routings: of block routers, by mixture; shared: outputs
+    of linears that run together, until they are asked for, by group (seams/low_rank.py)."""
 
     context: Context
     plan: Plan
@@ -46,7 +46,8 @@ class Live:
 
 
 class Tensors(nn.Module):
-    """The tensors of one adapter in one layer, by name: parameters, and the buffers that only rules change."""
+    """The tensors of one adapter in one layer, by name: parameters, and the buffers that only rules
+    change."""
 
     def __init__(self, declared: dict[str, Param], device: torch.device) -> None:
         super().__init__()
@@ -197,8 +198,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         return self.decided(mixture, [place], routing, decisions)
 
     def decided(self, mixture: Mixture, places: list[str], routing: Routing, decisions: int = 1) -> Routing:
-        """A routing [T, G, E] of `places`, or of the `decisions` at the only one: handed to the open recorder, and
-        changed where the pass asks for it (../effects.py)."""
+        """A routing [T, G, E] of `places`, or of the `decisions` at the only one: handed to the open
+        recorder, and changed where the pass asks for it (../effects.py)."""
         context = self.context
         if context.recorder is None and not context.changes:
             return routing

@@ -10,8 +10,8 @@
     optimizer.step()
     moments.after_step()
 
-Sites and their tensors are looked up at each moment, never kept: DDP and `.to()` put new buffers in the place of old
-ones.
+Sites and their tensors are looked up at each moment, never kept: DDP and `.to()` put new buffers in the place
+of old ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What one adapter does in one decoder layer, worked out once: its seams, and the tensors that they declare."""
+"""What one adapter does in one decoder layer, worked out once: its seams, and the tensors that they
+declare."""
 
 from __future__ import annotations
 

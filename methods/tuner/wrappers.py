@@ -1,4 +1,5 @@
-"""The wrappers that stand in the frozen model where a mixture attaches; they own nothing and ask the layer."""
+"""The wrappers that stand in the frozen model where a mixture attaches; they own nothing and ask the
+layer."""
 
 from __future__ import annotations
 

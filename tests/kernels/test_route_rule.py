@@ -1,5 +1,5 @@
-"""Routers as rules: the Triton kernels of every rule, and the router's own `route()` in single precision, against
-`route()` in fp64, values and gradients.
+"""Routers as rules: the Triton kernels of every rule, and the router's own `route()` in single precision,
+against `route()` in fp64, values and gradients.
 
 Run: python -m pytest tests/kernels/test_route_rule.py   (Triton in its interpreter where there is no GPU)
 """

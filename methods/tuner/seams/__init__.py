@@ -1,8 +1,8 @@
 """Seams: how banks of experts attach to a decoder layer, one file each, named as `Experts.seam` says.
 
-A seam is made from the banks of one adapter at its places (`Entry`), refuses what does not fit before anything is
-attached, declares tensors, puts wrappers where it must, and runs. A new way to attach is a new file here; the
-layer knows only the protocol (`base.Seam`).
+A seam is made from the banks of one adapter at its places (`Entry`), refuses what does not fit before
+anything is attached, declares tensors, puts wrappers where it must, and runs. A new way to attach is a new
+file here; the layer knows only the protocol (`base.Seam`).
 """
 
 from __future__ import annotations

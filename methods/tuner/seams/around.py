@@ -25,7 +25,8 @@ class Seam(base.Seam):
             heads, width = entry.bank.heads(place.role, *place.shape, self.head_dim)
             if heads > 1 and heads * width != place.shape[1]:
                 raise ConfigError(
-                    f"experts.{entry.name}: {place.role} of '{layer.name}' gives {place.shape[1]} numbers, which are "
+                    f"experts.{entry.name}: {place.role} of '{layer.name}' gives {place.shape[1]} numbers, "
+                    "which are "
                     f"no whole heads of {width}."
                 )
 

@@ -32,8 +32,8 @@ def tensor_name(mixture: Mixture, part: str, place: str, tensor: str) -> str:
 class Seam:
     """The banks of one adapter that attach to one decoder layer in one way.
 
-    A seam implements what it takes part in: `linears` names the linears that it wraps and `linear` runs one of
-    them, `feed_forward` runs the block, `attention` adds to the attention's output.
+    A seam implements what it takes part in: `linears` names the linears that it wraps and `linear` runs one
+    of them, `feed_forward` runs the block, `attention` adds to the attention's output.
     """
 
     linears: tuple[str, ...] = ()

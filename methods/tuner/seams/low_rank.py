@@ -160,7 +160,8 @@ def cat(tensors: list[Tensor]) -> Tensor:
 
 @dataclass
 class Shared:
-    """Outputs of linears that share the input `x`, made when the first of them was asked for, until each is taken."""
+    """Outputs of linears that share the input `x`, made when the first of them was asked for, until each is
+    taken."""
 
     x: Tensor
     outputs: dict[str, Tensor]
