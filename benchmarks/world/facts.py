@@ -50,7 +50,7 @@ CODAS = ["", "", "", "l", "n", "r", "s", "x"]
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Difficulty dials. The defaults were calibrated together with the shipped base model (README.md), which
+    """Difficulty dials. The defaults were calibrated together with the shipped base model (docs/world.md), which
     has read the corpus of exactly these values: after a change of one of them, pre-train again."""
 
     entities_per_kind: int = 25
