@@ -79,17 +79,16 @@ def test_named_files_and_modules_exist(page):
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), name
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_commands_name_what_exists(words):
-    """Groups, tasks and experiments exist, each choice of a sweep."""
-    for word in words:
-        key, _, value = word.partition("=")
-        choices = value.strip("[]").split(",")
-        if key == "task":
-            for choice in choices:
+@by_name(PAGES)
+def test_named_choices_exist(page):
+    """`method=`, `task=`, `+experiment=` and the other groups, each choice of a sweep."""
+    named = re.findall(r"(?<![\w./])(\w+)=\[?(\w[\w.,]*\w)", page.read_text(encoding="utf-8"))
+    for key, choices in named:
+        for choice in choices.split(","):
+            if key == "task":
                 tasks.resolve(choice)
-        elif (group := key.lstrip("+").rpartition("/")[2]) in groups():
-            assert set(choices) <= set(groups()[group]), word
+            elif key in groups():
+                assert choice in groups()[key], f"{key}={choice}"
 
 
 def test_commands_compose():
