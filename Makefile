@@ -1,5 +1,6 @@
 # make run    set up .venv, then train and evaluate MoA (sparse) on the built-in ARC questions; ARGS="method=lora seed=1" changes that
-# make test   set up .venv with the development tools, then lint and test
+# make test   set up .venv with the development tools, then lint, build the documentation, and test
+# make docs   the documentation as a site, in site/
 # make base   rebuild the shipped base model (under 40 minutes on two cores)
 # make clean  remove .venv and what tools leave behind; run folders stay
 
@@ -10,7 +11,8 @@ JOBS   ?= 2
 
 BIN := $(VENV)/bin
 
-# An index to look for PyTorch in as well: without a GPU, PyTorch's own CPU index saves some GB of CUDA packages.
+# Where there is no GPU: which PyTorch, and an index to look for it in as well (PyTorch's own CPU index saves some GB of CUDA packages).
+TORCH       ?= 2.13.0
 TORCH_INDEX ?=
 
 # glibc otherwise returns every freed activation to the kernel and faults it in again: 28 % of a step's time, 4 % with these.
@@ -18,21 +20,26 @@ export MALLOC_MMAP_THRESHOLD_ = 17179869184
 export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: run test base clean
+.PHONY: run test lint docs base clean
 
 run: $(VENV)/.installed
 	$(BIN)/python run.py $(ARGS)
 
-test: $(VENV)/.installed-dev
+test: lint docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 base: $(VENV)/.installed
 	$(BIN)/python -m moabench.benchmarks.world.pretrain --out benchmarks/world/tiny
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -40,7 +47,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	command -v nvidia-smi > /dev/null || $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	command -v nvidia-smi > /dev/null || $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==$(TORCH)
 	$(BIN)/python -m pip install --editable .
 	touch $@
 

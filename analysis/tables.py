@@ -23,7 +23,7 @@ HEADLINE = {
     "erank_ratio": "erank ratio",
 }
 """The five measures of a mixture that every leaderboard has, `headline/<name>` in metrics.json; definitions
-in this folder's README."""
+in docs/measures.md."""
 
 COST = (
     Column("parameters", "parameters", "count"),

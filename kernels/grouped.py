@@ -36,8 +36,8 @@ BREAK_EVEN = {
     ("cuda", torch.bfloat16): 215.0,
     ("cuda", torch.float16): 215.0,
 }
-"""c of `prefers_sorted` by device and dtype: CPUs as measured on one with AMX (README.md), GPUs from a model
-of bytes and FLOPs, not yet measured. `python -m moabench.benchmarks.speed.sorting` measures it on a
+"""c of `prefers_sorted` by device and dtype: CPUs as measured on one with AMX (docs/kernels.md), GPUs from a
+model of bytes and FLOPs, not yet measured. `python -m moabench.benchmarks.speed.sorting` measures it on a
 machine."""
 
 

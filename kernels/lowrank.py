@@ -10,7 +10,7 @@ so dX is accumulated in place by GEMMs and nothing of output width is saved. Bot
 they differ in the four steps at the end of this file.
 
 Shapes: T tokens, d input width, b output width, R rank rows, H router rows. Frozen weights get no gradient.
-Derivation: README.md.
+Derivation: docs/kernels.md.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from . import backend
 
 BLOCK = 1024 * 1024
 """Bytes of one [tokens, f] tensor of a block: a few stay near the core, and a GEMM has tokens enough
-(measured, see README.md)."""
+(measured, see docs/kernels.md)."""
 
 ACTIVATIONS = {
     "silu": (F.silu, torch.ops.aten.silu_backward),

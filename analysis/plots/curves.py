@@ -58,7 +58,7 @@ def collapse(problem: Problem) -> list[Plot]:
     return _curves(
         problem, wide, COLLAPSE, "collapse", "Collapse over training",
         "Mean over probed sites, on the same tokens for every entry and seed. High CKA, cosine and overlap: "
-            f"experts are alike. Definitions: README of the analysis. {BAND}",
+            f"experts are alike. Definitions: docs/measures.md. {BAND}",
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ Instruction rows have no fields to compare, so the evaluation row is looked for 
 as a whole paragraph or line, or as what follows a colon in one, is `exact` with its choices in the text and
 `question` without; near are texts that hold nearly all of its shingles, every number and every content word.
 
-Compared with the overlap tables of shared/datasets/README.md in tests/benchmarks/test_leakage.py.
+Compared with the overlap tables of docs/tasks.md in tests/benchmarks/test_leakage.py.
 """
 
 from __future__ import annotations

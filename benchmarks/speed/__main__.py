@@ -1,9 +1,7 @@
 """What a routed adapter costs: every rival in one process, interleaved, checked first, as ratios.
 
-    python -m moabench.benchmarks.speed                         # all levels, the device's own sizes
-    python -m moabench.benchmarks.speed --quick                 # all levels at small sizes, under a minute on
-                                                                a
-                                                             CPU
+    python -m moabench.benchmarks.speed               # all levels, the device's own sizes
+    python -m moabench.benchmarks.speed --quick       # small sizes, under a minute on a CPU
     python -m moabench.benchmarks.speed linear --width 1024 --dtype bf16 --rivals torch PEFT --out DIR
     python -m moabench.benchmarks.speed model --methods molora mixlora --width 512 --rounds 9
 
@@ -14,7 +12,7 @@
 `model`    train step beside its FLOP floor, greedy decoding
 
 On a CPU with one thread times are CPU time of the process, on CUDA the device's. Exit code 1 where rivals
-disagree. A script: unlike the rest of the folder it imports moabench.methods.
+disagree.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ CODAS = ["", "", "", "l", "n", "r", "s", "x"]
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Difficulty dials. The defaults were calibrated together with the shipped base model (README.md), which
-    has read the corpus of exactly these values: after a change of one of them, pre-train again."""
+    """Difficulty dials. The defaults were calibrated together with the shipped base model (docs/world.md),
+    which has read the corpus of exactly these values: after a change of one of them, pre-train again."""
 
     entities_per_kind: int = 25
     """Single entities of each kind. More entities: each fact is read less often, one-hop questions get

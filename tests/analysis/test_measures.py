@@ -1,4 +1,4 @@
-"""The list of measures: names, worse ends, and that the README shows it as it is.
+"""The list of measures: names, worse ends, and that docs/measures.md shows it as it is.
 
 pytest tests/analysis/test_measures.py
 """
@@ -11,11 +11,11 @@ import torch
 
 from moabench.analysis.measures import catalog as measures
 
-README = Path(__file__).resolve().parents[2] / "analysis" / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "measures.md"
 
 
-def test_the_readme_has_the_list():
-    assert measures.table() in README.read_text(), (
+def test_the_page_has_the_list():
+    assert measures.table() in PAGE.read_text(), (
         "python -m moabench.analysis.measures.catalog prints the list as it is now"
     )
 

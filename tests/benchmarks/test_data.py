@@ -28,7 +28,7 @@ def write(folder, *lines, split="train", task="arc_easy"):
     return local(folder)
 
 
-# set: (train, validation, test) as datasets/README.md publishes them; the public train sets are these and
+# set: (train, validation, test) as they are published (docs/tasks.md); the public train sets are these and
 # train_overlap.jsonl
 COUNTS = {
     "arc_easy": (2248, 570, 2376),

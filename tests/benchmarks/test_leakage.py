@@ -1,4 +1,4 @@
-"""Leakage: against the overlap tables of ../shared/datasets/README.md, against brute force, and on small rows
+"""Leakage: against the overlap tables of docs/tasks.md, against brute force, and on small rows
 of every kind.
 
 pytest tests/benchmarks/test_leakage.py

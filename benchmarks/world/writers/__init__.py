@@ -43,7 +43,7 @@ def writers() -> dict[str, Writer]:
     for name, family in families().items():
         for task, writer in getattr(family, "WRITERS", {}).items():
             if task in found:
-                raise ValueError(f"world: forms/{name}.py and another family both write {task}")
+                raise ValueError(f"world: writers/{name}.py and another family both write {task}")
             found[task] = writer
     return dict(sorted(found.items()))
 
