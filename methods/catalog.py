@@ -44,9 +44,9 @@ class Mixture:
 
     site: `linear`, a router on every target linear; `ffn`, one on the feed-forward block; `block`, one a
     decoder layer that governs experts at several places. input: what a block router reads: `raw`, the layer's
-    input, or `normed`, what its attention reads. gates: `expert`, one router output for each expert;
-    `family`, one for each bank; or a mapping from bank to the bank whose output it uses (every bank then
-    still owns an output).
+    input, or `normed`, what its attention reads. gates: `expert`, one router output for each expert at each
+    place; `index`, one for each expert, which it has at all places of its bank; `family`, one for each bank;
+    or a mapping from bank to the bank whose output it uses (every bank then still owns an output).
     """
 
     name: str
@@ -85,6 +85,8 @@ class Mixture:
         """Names of the router's outputs."""
         if self.site == "linear":
             return tuple(f"{bank}{i}" for bank, part in self.banks.items() for i in range(part.n))
+        if self.gates == "index":
+            return tuple(f"{bank}{i}" for bank, part in self.banks.items() for i in range(part.n))
         if self.gates != "expert":
             return tuple(self.banks)
         many = len({(bank, i) for bank, _, i in self.experts}) > len(self.banks)
@@ -95,6 +97,8 @@ class Mixture:
         """Router output that scales expert `index` of `bank` at `place`."""
         if self.gates == "expert":
             return self.experts.index((bank, place, index))
+        if self.gates == "index":
+            return self.expert_names.index(f"{bank}{index}")
         gate = self.gates.get(bank, bank) if isinstance(self.gates, dict) else bank
         return list(self.banks).index(gate)
 
@@ -122,7 +126,9 @@ class Method:
         """True where a router governs experts of different kinds or at different places, whose gates cannot
         be compared."""
         return any(
-            m.site != "linear" and m.routed and len({(bank, place) for bank, place, _ in m.experts}) > 1
+            m.site != "linear"
+            and m.routed
+            and len({e[: 1 if m.gates == "index" else 2] for e in m.experts}) > 1
             for m in self.mixtures
         )
 
@@ -133,7 +139,7 @@ class _MixtureKeys:
 
     site: Literal["linear", "ffn", "block"] = "linear"
     input: Literal["raw", "normed"] = "normed"
-    gates: Literal["expert", "family"] | dict = "expert"
+    gates: Literal["expert", "index", "family"] | dict = "expert"
     experts: dict = field(default_factory=dict)
     router: dict = field(default_factory=lambda: {"kind": "none"})
     losses: dict | None = None

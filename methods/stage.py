@@ -48,4 +48,4 @@ class Stage(Part):
 
     def rounds(self, counts: Sequence[int]) -> list[Round]:
         """Its trainings, in order. counts: rows of each label; [rows] where none are read."""
-        return [Round(self.kind, self.parts)]
+        return [Round(self.kind, ("experts", "routers"))]

@@ -19,7 +19,9 @@ from moabench import methods
 from moabench.benchmarks.bases.skeleton import Skeleton
 from moabench.benchmarks.config.overrides import composed
 from moabench.benchmarks.config.run import RunConfig
+from moabench.benchmarks.data import labels
 from moabench.benchmarks.fairness.budget import apply
+from moabench.benchmarks.tasks.rows import Reader
 from moabench.benchmarks.training.memory import estimate, peak_of, with_weights
 from moabench.methods import catalog
 from moabench.methods.spec import ConfigError
@@ -49,7 +51,7 @@ def _of_config(cfg: RunConfig, processes: int) -> Iterator[str]:
 
     if cfg.parsed_method.tuner == "none":
         raise ConfigError(f"method={cfg.parsed_method.name}: expected a method that trains.")
-    cfg, _ = apply(cfg)
+    cfg, _ = apply(labels.fitted(cfg, Reader(cfg.data)))
     t, model = cfg.train, Skeleton(cfg.model).attached(cfg.method)
     yield (
         f"{cfg.parsed_method.name} on {cfg.model.name} ({cfg.model.dtype}), a step of {t.batch_size} "

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from moabench.benchmarks.machine import environment, files
 from moabench.methods import catalog
 from moabench.methods.sizes import Dial, Size, dials, scaled, total
 from moabench.methods.spec import ConfigError
+from moabench.methods.stage import Round
 
 if TYPE_CHECKING:
     from moabench.benchmarks.config.run import RunConfig
@@ -225,11 +227,26 @@ def _flops(cfg: RunConfig, datas: list[Mapping[str, Any]]) -> list[float]:
 
     found = []
     for data in datas:
-        model = Skeleton(cfg.model).attached(data)
-        with fake(model), FlopCounterMode(display=False) as counter:
-            _step(model, torch.zeros(cfg.train.batch_size, LENGTH, dtype=torch.long))
-        found.append(float(counter.get_total_flops()))
+        cost = 0.0
+        for length, part in _stages(data):
+            model = Skeleton(cfg.model).attached(data)
+            with fake(model), _training(model, part), FlopCounterMode(display=False) as counter:
+                _step(model, torch.zeros(cfg.train.batch_size, LENGTH, dtype=torch.long))
+            cost += length * counter.get_total_flops()
+        found.append(cost)
     return found
+
+
+def _stages(data: Mapping[str, Any]) -> list[tuple[float, Round | None]]:
+    """(length, one round of it) of each stage of a method; one of everything where it has none."""
+    return [(stage.length, stage.rounds([1])[0]) for stage in catalog.parse(data).stages] or [(1.0, None)]
+
+
+def _training(model: Any, part: Round | None) -> AbstractContextManager[None]:
+    """What a round trains, trainable alone. Its rows are those of all its stage's rounds together."""
+    from moabench.benchmarks.training import rounds
+
+    return nullcontext() if part is None else rounds.only(model, dataclasses.replace(part, label=None))
 
 
 def _seconds(cfg: RunConfig, datas: list[Mapping[str, Any]]) -> list[float]:
@@ -247,8 +264,18 @@ def _seconds(cfg: RunConfig, datas: list[Mapping[str, Any]]) -> list[float]:
         base, tokenizer = load_model(cfg.model, cfg.seed, device)
         model = methods.attach(base, data)
         ids = torch.randint(len(tokenizer), (cfg.train.batch_size, LENGTH), device=device)
-        steps[str(i)] = functools.partial(_step, model, ids)
-    return [quartiles(seconds)[1] for seconds in interleaved(steps, ROUNDS, torch.device(device)).values()]
+        for j, (_, part) in enumerate(_stages(data)):
+            steps[f"{i}-{j}"] = functools.partial(_step_of, model, ids, part)
+    times = interleaved(steps, ROUNDS, torch.device(device))
+    return [
+        sum(length * quartiles(times[f"{i}-{j}"])[1] for j, (length, _) in enumerate(_stages(data)))
+        for i, data in enumerate(datas)
+    ]
+
+
+def _step_of(model: Any, ids: Any, part: Round | None) -> None:
+    with _training(model, part):
+        _step(model, ids)
 
 
 ROUNDS = 9

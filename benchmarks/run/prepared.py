@@ -42,10 +42,10 @@ class Prepared:
     part of the hash. held_out: texts whose loss is measured before and after training.
     """
 
-    def __init__(self, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig, reader: Reader | None = None) -> None:
         self.cfg = cfg
         self.method: Method = cfg.parsed_method
-        self.reader = Reader(cfg.data)
+        self.reader = reader or Reader(cfg.data)
         self.held_out = forgetting.held_out_texts(cfg)
         self.inputs = self._inputs()
         self.hash = run_hash(cfg, self.inputs)

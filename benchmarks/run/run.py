@@ -18,10 +18,12 @@ from typing import Any
 from moabench.benchmarks.bases.loading import check_folder
 from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.config.sections import LoggerConfig
+from moabench.benchmarks.data import labels
 from moabench.benchmarks.fairness import budget, tuning
 from moabench.benchmarks.machine import environment, files, processes
 from moabench.benchmarks.machine.files import RunError
 from moabench.benchmarks.machine.globals import set_globals
+from moabench.benchmarks.tasks.rows import Reader
 
 from . import loggers, several, summary
 from .folder import RunFolder, State
@@ -50,9 +52,11 @@ def run(cfg: RunConfig, again: bool = True) -> Outcome:
     check_folder(cfg.model)
     several.check(cfg)
     processes.join(cfg.device)
+    reader = Reader(cfg.data)
+    cfg = labels.fitted(cfg, reader)
     with processes.first_alone():  # who keeps the solution for the others
         cfg, solution = budget.apply(cfg)
-    prepared = Prepared(cfg)
+    prepared = Prepared(cfg, reader)
     folder = RunFolder(cfg.runs_dir, prepared.name, prepared.hash)
     if processes.rank() > 0:
         return _follow(prepared, folder)

@@ -38,8 +38,8 @@ def losses(model: nn.Module, batch: dict[str, Any], inner: nn.Module | None = No
 
 def full(model: nn.Module, ids: Tensor) -> Tensor:
     """The loss of a step on whole sequences ids [B, L], every token of them an answer: a mean over tokens,
-    plus the auxiliary losses. Each sequence has a skill of its own, for routers that read it."""
-    skills = torch.arange(len(ids), device=ids.device)
+    plus the auxiliary losses. Sequences have skills 0 and 1 in turn, for routers that read them."""
+    skills = torch.arange(len(ids), device=ids.device) % 2
     found = losses(model, {"input_ids": ids, "labels": ids, "kept": ids.shape[1], "skill_ids": skills})
     return found.task / ids.numel() + sum(found.auxiliary.values())
 

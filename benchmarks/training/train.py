@@ -56,9 +56,13 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     skills: Sequence[str] = (),
     probe: Probe | None = None,
+    key: str = "skill",
+    length: float = 1.0,
+    share: float = 1.0,
 ) -> TrainResult:
     """Trains what is trainable of `model`, in place; nothing happens where nothing is. skills: names in the
-    order of their ids. probe: measures while training goes on; its time is no training time.
+    order of their ids, which a row has under `key`. probe: measures while training goes on; its time is no
+    training time. length: of this training, in units of the config's; share: of its steps, that `rows` are.
 
     Checkpoints go to run_dir/checkpoints; with `resume` the last one is continued, and the result equals an
     uninterrupted run's. Raises ConfigError for rows that cannot be trained on and for a loss that is not
@@ -66,9 +70,9 @@ def train(
     """
     if not any(p.requires_grad for p in model.parameters()):
         return TrainResult({}, [], [])
-    examples, cut = encode_rows(tokenizer, rows, cfg, skills)
+    examples, cut = encode_rows(tokenizer, rows, cfg, skills, key)
     folder = Path(run_dir) / "checkpoints"
-    steps = _steps(cfg, len(examples))
+    steps = _steps(cfg, len(examples), length, share)
     args = _arguments(model, cfg, steps, folder)
     lengths = [len(e.ids) for e in examples]
     order = batches.training_order(lengths, _step_size(cfg), steps, int(cfg.seed))
@@ -103,7 +107,7 @@ def train(
 
 
 def encode_rows(
-    tokenizer, rows: list[dict], cfg: RunConfig, skills: Sequence[str] = ()
+    tokenizer, rows: list[dict], cfg: RunConfig, skills: Sequence[str] = (), key: str = "skill"
 ) -> tuple[list[Example], int]:
     """Rows as prompt, right answer and end token, at most `train.max_length` tokens; and how many had to be
     cut for that."""
@@ -115,7 +119,7 @@ def encode_rows(
     )
     number = {name: i for i, name in enumerate(skills)}
     examples = [
-        replace(e.last(cfg.train.max_length), skill=number.get(row.get("skill"), -1))
+        replace(e.last(cfg.train.max_length), skill=number.get(row.get(key), -1))
         for e, row in zip(whole, rows, strict=True)
     ]
     return examples, sum(len(e.ids) > cfg.train.max_length for e in whole)
@@ -145,8 +149,10 @@ def _step_size(cfg: RunConfig) -> int:
     return cfg.train.batch_size * cfg.train.accumulation * processes.count()
 
 
-def _steps(cfg: RunConfig, examples: int) -> int:
-    return cfg.train.steps or max(1, math.ceil(cfg.train.epochs * examples / _step_size(cfg)))
+def _steps(cfg: RunConfig, examples: int, length: float, share: float) -> int:
+    if cfg.train.steps:
+        return max(1, round(cfg.train.steps * length * share))
+    return max(1, math.ceil(cfg.train.epochs * length * examples / _step_size(cfg)))
 
 
 def _arguments(model, cfg: RunConfig, steps: int, folder: Path) -> TrainingArguments:

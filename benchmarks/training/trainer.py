@@ -12,12 +12,26 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from moabench.benchmarks.observing.training_log import TrainingLog
 from moabench.methods.spec import ConfigError
+from moabench.methods.tuner.moments import Moments
 
 from . import step
+
+
+class _Moments(TrainerCallback):
+    """Calls a method's rules where the Trainer says that a moment is there: once a step, not once a pass."""
+
+    def __init__(self, moments: Moments) -> None:
+        self.moments = moments
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.moments.after_backward()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.moments.after_step()
 
 
 class MixtureTrainer(Trainer):
@@ -30,6 +44,8 @@ class MixtureTrainer(Trainer):
         # answer tokens are counted over the whole accumulated batch, and `compute_loss` divides by that count
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
         self.tally = TrainingLog()
+        self.moments = Moments(self.model)
+        self.add_callback(_Moments(self.moments))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`answer-token NLL / answer tokens in the accumulated batch + sum of auxiliary losses / accumulation
@@ -42,6 +58,7 @@ class MixtureTrainer(Trainer):
         parts = {"task": found.task / num_items_in_batch * self.accelerator.num_processes}
         parts |= {k: v / self.current_gradient_accumulation_steps for k, v in found.auxiliary.items()}
         self.tally.add(parts, inputs["attention_mask"], found.routing)
+        self.moments.passed(found.routing)
         loss = sum(parts.values())
         return (loss, None) if return_outputs else loss
 
@@ -90,7 +107,7 @@ class MixtureTrainer(Trainer):
         out."""
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().contiguous() for name, value in _changing(self.model)}
+        tensors = {name: value.detach().contiguous() for name, value in changing(self.model)}
         safetensors.torch.save_file(tensors, folder / "trained.safetensors")
         torch.save(self.tally.state(), folder / "tally.pt")
 
@@ -98,12 +115,12 @@ class MixtureTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         saved = safetensors.torch.load_file(folder / "trained.safetensors")
         with torch.no_grad():
-            for name, value in _changing(self.model):
+            for name, value in changing(self.model):
                 value.copy_(saved[name])
         self.tally.restore(torch.load(folder / "tally.pt", weights_only=True, map_location=self.args.device))
 
 
-def _changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def changing(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Trainable parameters, and the buffers that `state_dict` holds."""
     kept = model.state_dict().keys()
     yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..spec import ConfigError
 from ..stage import Round, Stage
@@ -14,12 +15,13 @@ class EachExpert(Stage):
     others stay as they are (arXiv 2403.03432). All together see every row once in `length` passes: each has
     its label's share of the steps.
 
-    The method's router must send a row of label e to expert e while it trains, as `label_classifier` does.
+    label: the key of a row that is its label; experts are numbered in the order of the labels' names. The
+    method's router must send a row of label e to expert e while it trains, as `label_classifier` does.
     """
 
     kind = "each_expert"
     reads_labels = True
-    parts = ("experts",)
+    label: Literal["skill", "task", "domain"] = "skill"
 
     def check(self, mixtures, by_layer):
         if by_layer:
@@ -40,6 +42,6 @@ class EachExpert(Stage):
 
     def rounds(self, counts):
         return [
-            Round(f"{self.kind}{label}", self.parts, label, count / sum(counts))
+            Round(f"{self.kind}{label}", ("experts",), label, count / sum(counts))
             for label, count in enumerate(counts)
         ]
