@@ -26,11 +26,16 @@ run: $(VENV)/.installed
 	$(BIN)/python run.py $(ARGS)
 
 test: lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=20
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	# the rooms of the package are links, which the import graph does not follow: a copy has them as folders
+	rm -rf build/lint && mkdir -p build && cp -RL src build/lint
+	touch build/lint/moabench/kernels/__init__.py build/lint/moabench/kernels/triton/__init__.py
+	PYTHONPATH=build/lint $(BIN)/lint-imports --no-logo --no-cache
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -39,7 +44,7 @@ base: $(VENV)/.installed
 	$(BIN)/python -m moabench.benchmarks.world.pretrain --out benchmarks/world/tiny
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -70,6 +70,14 @@ class Experts(Part):
         each."""
         return {}
 
+    def params(self, *sizes: Any) -> dict[str, Param]:
+        """The tensors at one place; what is given is the seam's."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any) -> Tensor:
+        """What the bank does at one place; what is given is the seam's."""
+        raise NotImplementedError
+
     def constants(self) -> dict[str, Any]:
         """Fixed tensors of the bank as nested lists, handed back as `c`; they are neither trained nor
         saved."""

@@ -434,7 +434,7 @@ def _check_places(mixture: Mixture, path: str) -> None:
 
 
 def _check_peft(mixture: Mixture, path: str) -> None:
-    bank = next(iter(mixture.banks.values()))
+    bank: Any = next(iter(mixture.banks.values()))
     if bank.kind != "lora" or bank.n != 1 or mixture.routed or len(mixture.banks) > 1:
         got = {name: f"{b.kind} n={b.n}" for name, b in mixture.banks.items()}
         raise ConfigError(

@@ -14,6 +14,7 @@ from .routing import Routing
 from .spec import NonNegative, Part
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 else:
     torch = Lazy("torch")

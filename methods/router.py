@@ -20,7 +20,7 @@ from .spec import NonNegative, Part
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moabench.kernels import route
+    from moabench.kernels.route import Rule as Ruled
 
     from .recorder import Context
     from .rule import Rule
@@ -82,13 +82,17 @@ class Router(Part):
         `heads` instead."""
         raise NotImplementedError
 
+    def heads(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Weight [H, D] and bias [H] or None of the linear map, where it is one (`linear`)."""
+        raise NotImplementedError
+
     def route(self, scores: Tensor, training: bool, **buffers: Tensor) -> Routing:
         """The decision for scores [..., H] in fp32; leading dimensions are kept. buffers: those that the
         router declares, [E], or [G, E] for scores [T, G, H]."""
         raise NotImplementedError
 
     @property
-    def rule(self) -> route.Rule | None:
+    def rule(self) -> Ruled | None:
         """`route` as data, by which one kernel does it; None where it is no `moabench.kernels.route.Rule`,
         and `route` always runs."""
         return None
@@ -128,7 +132,6 @@ class LinearRouter(Router):
         return {"weight": weight} | ({"bias": bias_default(experts, d)} if self.bias else {})
 
     def heads(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Weight [H, D] and bias [H] or None of the linear map."""
         return p["weight"], p.get("bias")
 
     def scores(self, p: Mapping[str, Tensor], x: Tensor) -> Tensor:

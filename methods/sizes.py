@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import catalog
-from .bank import Experts
 from .catalog import Method
 
 Size = int | tuple[int, ...]
@@ -20,7 +19,7 @@ class Dial:
     there."""
 
     keys: tuple[str, ...]
-    bank: Experts
+    bank: Any  # an Experts
     label: str
 
     @property

@@ -177,7 +177,7 @@ class Part:
     """
 
     kind: ClassVar[str]
-    registry: ClassVar[dict[str, type]]
+    registry: ClassVar[dict[str, Any]]
     folder: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -188,7 +188,7 @@ class Part:
             cls.registry[cls.kind] = cls
 
     @classmethod
-    def kinds(cls) -> dict[str, type]:
+    def kinds(cls) -> dict[str, Any]:
         """Every kind of this family, by name; imports the family's folder on first use."""
         if cls.folder:
             package = importlib.import_module(cls.folder)
@@ -197,7 +197,7 @@ class Part:
         return cls.registry
 
     @classmethod
-    def of_kind(cls, kind: Any, path: str) -> type:
+    def of_kind(cls, kind: Any, path: str) -> Any:
         """The class registered as `kind`; ConfigError with the nearest name otherwise."""
         kinds = cls.kinds()
         if not isinstance(kind, str) or kind not in kinds:

@@ -34,13 +34,15 @@ class Round:
 
 @dataclass(frozen=True)
 class Stage(Part):
-    """Base of all stages. length: of the stage, in units of the run's train.steps or train.epochs."""
+    """Base of all stages. label: the key of a row that is its label, where labels are read. length: of the
+    stage, in units of the run's train.steps or train.epochs."""
 
     folder: ClassVar[str] = "moabench.methods.stages"
     reads_labels: ClassVar[bool] = False
     """Whether its rows have labels, of which each expert has one."""
     parts: ClassVar[tuple[Literal["experts", "routers"], ...]] = ("experts", "routers")
 
+    label: Literal["skill", "task", "domain"] = "skill"
     length: Positive = 1.0
 
     def check(self, mixtures: tuple[Mixture, ...], by_layer: bool) -> None:

@@ -68,9 +68,9 @@ def log_likelihoods(
         for chosen in batches.by_length([len(q.prompt) + len(row) for q, row in apart], batch_size):
             _apart(model, [apart[k] for k in chosen], examples, pad, found)
             bar.update(sum(len(apart[k][0].rows[apart[k][1]]) for k in chosen))
-        for chosen in _by_rows(together, batch_size):
-            _together(model, chosen, examples, pad, found)
-            bar.update(sum(len(asked) for q in chosen for asked in q.rows.values()))
+        for some in _by_rows(together, batch_size):
+            _together(model, some, examples, pad, found)
+            bar.update(sum(len(asked) for q in some for asked in q.rows.values()))
     return found
 
 

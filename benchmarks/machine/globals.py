@@ -34,7 +34,7 @@ def set_globals(seed: int, threads: int | None, device: str, backend: str, dtype
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # a debugging aid that costs a pass over every new tensor
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010, a property of the module
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Between libraries, not for the user.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

@@ -155,8 +155,8 @@ def _fitting(
             return _through(prepared, path, path, device, logger, resume)
         except Exception as error:
             reason = explained(error, path)
-            out = cfg.train.halve and isinstance(reason, OutOfMemory)
-            smaller = halved(cfg, reason.training) if out else None
+            can = cfg.train.halve and isinstance(reason, OutOfMemory)
+            smaller = halved(cfg, getattr(reason, "training", False)) if can else None
             if smaller is None:
                 raise
             del reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def _error_to_peer(setting: Setting, base: nn.Module, rival: whole.Rival) -> flo
 def _error_of_lora(setting: Setting, rival: whole.Rival) -> float:
     """PEFT's LoRA against `x W^T + x A^T B^T` in fp64."""
     x, dy = whole.hidden(setting)
-    layer = whole.part(setting, rival.model)
+    layer: Any = whole.part(setting, rival.model)
     a, b = (m["default"].weight.detach().double() for m in (layer.lora_A, layer.lora_B))
     wide = x.detach().double()
     y = whole.forward_backward(setting, rival, x, dy)

@@ -61,7 +61,7 @@ class Drawn:
         )
 
     @cached_property
-    def bank(self) -> methods.Experts:
+    def bank(self) -> methods.LinearExperts:
         kind = "lora_shared_a" if self.case.shared else "lora"
         return methods.Experts.of_kind(kind, "experts")(n=self.experts, r=self.rank, alpha=float(self.rank))
 

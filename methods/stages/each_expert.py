@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ..spec import ConfigError
 from ..stage import Round, Stage
@@ -15,13 +14,12 @@ class EachExpert(Stage):
     others stay as they are (arXiv 2403.03432). All together see every row once in `length` passes: each has
     its label's share of the steps.
 
-    label: the key of a row that is its label; experts are numbered in the order of the labels' names. The
-    method's router must send a row of label e to expert e while it trains, as `label_classifier` does.
+    Experts are numbered in the order of the labels' names. The method's router must send a row of label e to
+    expert e while it trains, as `label_classifier` does.
     """
 
     kind = "each_expert"
     reads_labels = True
-    label: Literal["skill", "task", "domain"] = "skill"
 
     def check(self, mixtures, by_layer):
         if by_layer:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..bank import Experts
 from ..router import Router
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ class BankView:
     """
 
     name: str
-    part: Experts
+    part: Any  # an Experts
     place: str
     tensors: dict[str, Tensor]
 
