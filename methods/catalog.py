@@ -241,6 +241,10 @@ def _in_layers(
                 f"{where}={options!r}: expected as many experts as elsewhere, since a loss with "
                 "scope=model counts them together."
             )
+        if any(stage.reads_labels for stage in method.stages) and _counts(found) != _counts(method):
+            raise ConfigError(
+                f"{where}={options!r}: expected as many experts as elsewhere, one for each label of the rows."
+            )
         yield span, found
 
 
@@ -311,7 +315,7 @@ def _parse(keys: _MethodKeys, path: str) -> Method:
     mixtures = (main, *extra)
     stages = tuple(Stage.parse(entry, f"{path}.stages[{i}]") for i, entry in enumerate(keys.stages or ()))
     for i, stage in enumerate(stages):
-        _checked(lambda stage=stage: stage.check(mixtures, bool(keys.layers)), f"{path}.stages[{i}]")
+        _checked(lambda stage=stage: stage.check(mixtures), f"{path}.stages[{i}]")
     return Method(keys.name, keys.tuner, mixtures, False, {}, stages)
 
 

@@ -45,8 +45,8 @@ class Stage(Part):
     label: Literal["skill", "task", "domain"] = "skill"
     length: Positive = 1.0
 
-    def check(self, mixtures: tuple[Mixture, ...], by_layer: bool) -> None:
-        """Raise ConfigError where the method cannot be trained so; by_layer: its layers differ."""
+    def check(self, mixtures: tuple[Mixture, ...]) -> None:
+        """Raise ConfigError where the method, in any of its layers, cannot be trained so."""
 
     def rounds(self, counts: Sequence[int]) -> list[Round]:
         """Its trainings, in order. counts: rows of each label; [rows] where none are read."""

@@ -11,8 +11,9 @@ match=params scales the sizes of the experts (rank, bottleneck width, prompt len
 method's file until all trainable parameters, routers and gates included, are as many as the budget's. `alpha`
 follows the rank, so that the factor of an expert's update stays (but with rslora, whose point is another
 factor). Where a whole step of the sizes is too coarse, some layers, evenly spread, take it and others do not;
-within a layer the experts stay alike. Numbers of experts never change. match=flops and match=time leave the
-sizes alone and change how long is trained.
+within a layer the experts stay alike. Numbers of experts never change, but of experts without another size
+(IA3 vectors). match=flops and match=time leave the sizes alone and change how long is trained, all stages of
+a method together.
 
 Imports torch only to solve; solutions are kept in `<runs_dir>/.budget`, so that a finished run is found
 without it.

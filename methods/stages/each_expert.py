@@ -21,9 +21,7 @@ class EachExpert(Stage):
     kind = "each_expert"
     reads_labels = True
 
-    def check(self, mixtures, by_layer):
-        if by_layer:
-            raise ConfigError("layers: expected none, since every layer has an expert for each label.")
+    def check(self, mixtures):
         for mixture in mixtures:
             if mixture.router.kind != "label_classifier":
                 raise ConfigError(

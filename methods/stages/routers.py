@@ -21,7 +21,7 @@ class Routers(Stage):
     def trained(self):
         return ("experts", "routers") if self.train_experts else ("routers",)
 
-    def check(self, mixtures, by_layer):
+    def check(self, mixtures):
         if not any(mixture.routed for mixture in mixtures):
             raise ConfigError("router.kind=none: expected a router, since this stage trains it.")
 
