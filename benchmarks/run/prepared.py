@@ -39,7 +39,8 @@ class Prepared:
     """One run, prepared. Raises ConfigError for bad data.
 
     inputs: fingerprints of the weights and of the rows that the run reads, and the number of its processes;
-    part of the hash. held_out: texts whose loss is measured before and after training.
+    part of the hash. held_out: texts whose loss is measured before and after training. weights: the files of
+    the base, as they were read for `inputs`.
     """
 
     def __init__(self, cfg: RunConfig, reader: Reader | None = None) -> None:
@@ -47,6 +48,7 @@ class Prepared:
         self.method: Method = cfg.parsed_method
         self.reader = reader or Reader(cfg.data)
         self.held_out = forgetting.held_out_texts(cfg)
+        self.weights = model_fingerprint(cfg.model, cfg.runs_dir)
         self.inputs = self._inputs()
         self.hash = run_hash(cfg, self.inputs)
 
@@ -65,7 +67,7 @@ class Prepared:
 
     def _inputs(self) -> dict[str, Any]:
         cfg = self.cfg
-        found: dict[str, Any] = {"model": model_fingerprint(cfg.model), "evaluation": self._evaluation()}
+        found: dict[str, Any] = {"model": self.weights.digest, "evaluation": self._evaluation()}
         if self.trains:
             found["training"] = self._training()
         if processes.count() > 1:  # each has batches of its own, so that the same config is another run
