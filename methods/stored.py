@@ -35,7 +35,7 @@ def check(stored: Mapping[str, Tensor], declared: Mapping[str, Tensor], what: st
     for fault, found in faults.items():
         if found:
             raise ConfigError(
-                f"{what} {fault} {listed(found)}. Expected what its config declares, all of it."
+                f"{what} {fault} {listed(found)}. Expected what its config declares, all of it and no more."
             )
     # in the dtype that computes: a double may be no number there
     if wrong := [name for name in names if not is_finite(stored[name].to(declared[name].dtype))]:
