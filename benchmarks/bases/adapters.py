@@ -7,6 +7,8 @@ tensors are safetensors, taken where they are all that the config declares and n
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.machine import files
+from moabench.methods.bank import Experts
 from moabench.methods.spec import ConfigError, Count, Positive, Share, build
 
 if TYPE_CHECKING:
@@ -75,11 +78,11 @@ def load_adapter(model: Any, folder: str | Path, fingerprint: str | None = None)
         config = _config(data, max((n for t in stored.values() for n in t.shape), default=0), model, what)
         return _attached(model, config, stored, what)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())
         if isinstance(error, ConfigError):
             raise ConfigError(reason if reason.startswith("adapter") else f"{what}: {reason}") from error
         raise ConfigError(
-            f"{what}: does not fit this base ({reason}). Expected the base it was made for."
+            f"{what}: does not fit this base ({reason[:300]}). Expected the base it was made for."
         ) from error
 
 
@@ -138,10 +141,13 @@ def _tensors(file: Path, what: str) -> dict[str, Tensor]:
         raise ConfigError(f"{what}: no {file.name} in it; expected weights as safetensors, and no others.")
     try:
         with safe_open(file, "pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  it is no mapping
+            found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  it is no mapping
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{what}: {file.name} is broken or cut ({reason}).") from error
+    if not found:
+        raise ConfigError(f"{what}: {file.name} holds no tensor.")
+    return found
 
 
 # ---- the config of an adapter
@@ -195,17 +201,24 @@ def _config(data: Mapping[str, Any], largest: int, model: Any, what: str) -> Pef
     return MixtureConfig(spec=spec, base=base, task_type="CAUSAL_LM", inference_mode=True)
 
 
-def _sizes(data: Any, path: str, experts: bool = False) -> Iterator[tuple[str, int]]:
-    """(key, number) of the whole numbers that are sizes of experts, and of those in the keys of `layers`."""
+@functools.cache
+def _counts() -> set[str]:
+    """Options of experts that are sizes, by their types."""
+    options = {f.name: str(f.type) for part in Experts.kinds().values() for f in dataclasses.fields(part)}
+    return {name for name, hint in options.items() if re.search(r"\b(Count|int)\b", hint) and name != "seed"}
+
+
+def _sizes(data: Any, path: str, counted: bool = False) -> Iterator[tuple[str, int]]:
+    """(key, number) of the sizes of experts, and of the layers in the keys of `layers`."""
     if isinstance(data, list):
-        for i, part in enumerate(data):
-            yield from _sizes(part, f"{path}[{i}]", experts)
+        for part in data:
+            yield from _sizes(part, path, counted)
     elif isinstance(data, dict):
         for key, part in data.items():
             if key == "layers" and isinstance(part, dict):
                 yield from ((f"{path}.layers", int(n[:9])) for name in part for n in re.findall(r"\d+", name))
-            yield from _sizes(part, f"{path}.{key}", experts or key == "experts")
-    elif experts and isinstance(data, int) and not path.endswith("seed"):
+            yield from _sizes(part, f"{path}.{key}", ".experts" in path and key in _counts())
+    elif counted and isinstance(data, int):
         yield path, data
 
 
