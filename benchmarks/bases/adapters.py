@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moabench.benchmarks.config.hashing import digest
 from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.machine import files
 from moabench.methods.bank import Experts
@@ -43,11 +45,23 @@ def save_adapter(cfg: RunConfig, path: Path, inputs: dict[str, Any], model: Any)
             "revision": cfg.model.revision,
             "fingerprint": inputs["model"],
         }
-        files.write_json(folder / "base.json", card | {"sizes": base_sizes(model)})
+        card |= {"sizes": base_sizes(model)}
+        files.write_json(folder / "base.json", card | (contents(folder) if config.exists() else {}))
 
     files.write_folder(path / "adapter", fill)
 
 
+def contents(folder: Path) -> dict[str, Any]:
+    """What tells whether an adapter is what was written: hashes of its config, but for `IDENTITY`, and of its
+    tensors."""
+    config = {k: v for k, v in (files.read_json(folder / CONFIG) or {}).items() if k not in IDENTITY}
+    with (folder / TENSORS).open("rb") as file:
+        return {
+            "contents": {CONFIG: digest(config), TENSORS: hashlib.file_digest(file, "sha256").hexdigest()}
+        }
+
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SIZES = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "vocab_size",
@@ -71,9 +85,16 @@ def load_adapter(model: Any, folder: str | Path, fingerprint: str | None = None)
     what = f"adapter={str(folder)!r}"
     if getattr(model, "peft_config", None):
         raise ConfigError(f"{what}: expected a base without an adapter; this one has some already.")
-    data = _mapping(folder / "adapter_config.json", what)
-    _check_base(model, _mapping(folder / "base.json", what, needed=False), fingerprint, what)
-    stored = _tensors(folder / "adapter_model.safetensors", what)
+    data = _mapping(folder / CONFIG, what)
+    card = _mapping(folder / "base.json", what, needed=False)
+    _check_base(model, card, fingerprint, what)
+    stored = _tensors(folder / TENSORS, what)
+    if "contents" in card and card["contents"] != contents(folder)["contents"]:
+        raise ConfigError(
+            f"{what}: {CONFIG} or {TENSORS} is not what the run wrote, by the hashes in base.json. Expected "
+            "the "
+            "adapter/ folder as it was."
+        )
     try:
         config = _config(data, max((n for t in stored.values() for n in t.shape), default=0), model, what)
         return _attached(model, config, stored, what)
