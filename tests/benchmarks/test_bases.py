@@ -151,6 +151,37 @@ def test_files_that_only_were_touched_are_the_same(saved, tmp_path):
     before.check()
 
 
+@pytest.mark.parametrize("when", ["loading", "evaluating the base", "evaluating"])
+def test_weights_that_change_during_a_run_end_it(saved, tmp_path, monkeypatch, when):
+    """In place: then a loaded model changes too, since it is the file mapped into memory."""
+    from moabench.benchmarks.run import run as experiment
+    from moabench.benchmarks.run.folder import find, state_of
+    from moabench.benchmarks.run.stages import base, record
+
+    module, name = {
+        "loading": (base, "load_model"),
+        "evaluating the base": (base, "measured"),
+        "evaluating": (record, "run"),  # what comes after it
+    }[when]
+    original = getattr(module, name)
+
+    def written(*args):
+        with (saved / "model.safetensors").open("r+b") as file:
+            file.seek(-8, 2)
+            file.write(b"\1")
+        return original(*args)
+
+    monkeypatch.setattr(module, name, written)
+    runs = tmp_path / "runs"
+    options = ["method=none", f"model.path={saved}", "task=arc_easy", "forgetting=none", "data.eval_limit=2"]
+    cfg = composed([*options, f"runs_dir={runs}", "logger=none", "quiet=true"])
+    with pytest.raises(RunError, match=r"model\.safetensors was changed while the run used it"):
+        experiment.run(cfg)
+    (folder,) = find(runs)
+    assert state_of(folder) == "failed" and not (folder / "metrics.json").exists()
+    assert when == "evaluating" or not list(runs.glob(".base/*"))  # what the next run would believe
+
+
 # ---- weights
 
 
