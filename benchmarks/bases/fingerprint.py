@@ -25,7 +25,7 @@ SHIPPED = {
 }
 """By kind: what is hashed of the folder that comes with this version. The rest of it is the version's."""
 
-LARGE = 8 * 2**20
+LARGE = 64 * 2**20
 """Bytes from which a file's hash is kept."""
 SETTLED = 2 * 10**9
 """Nanoseconds since a file's last change from which its hash is kept: a write in the same tick of the file

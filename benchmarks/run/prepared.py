@@ -48,7 +48,6 @@ class Prepared:
         self.method: Method = cfg.parsed_method
         self.reader = reader or Reader(cfg.data)
         self.held_out = forgetting.held_out_texts(cfg)
-        self.weights = model_fingerprint(cfg.model, cfg.runs_dir)
         self.inputs = self._inputs()
         self.hash = run_hash(cfg, self.inputs)
 
@@ -67,14 +66,15 @@ class Prepared:
 
     def _inputs(self) -> dict[str, Any]:
         cfg = self.cfg
-        found: dict[str, Any] = {"model": self.weights.digest, "evaluation": self._evaluation()}
+        found: dict[str, Any] = {"evaluation": self._evaluation()}
         if self.trains:
             found["training"] = self._training()
         if processes.count() > 1:  # each has batches of its own, so that the same config is another run
             found["processes"] = processes.count()
         if cfg.forgetting not in ("auto", "none"):
             found["held_out"] = digest(self.held_out)[:16]
-        return found
+        self.weights = model_fingerprint(cfg.model, cfg.runs_dir)  # last: it can take long, and keeps a file
+        return {"model": self.weights.digest} | found
 
     def _evaluation(self) -> dict[str, str]:
         """By task: SHA-256 (16 hex digits) of its protocol's version and of the rows it reports; for the hub,

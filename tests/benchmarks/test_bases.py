@@ -182,6 +182,16 @@ def test_weights_that_change_during_a_run_end_it(saved, tmp_path, monkeypatch, w
     assert when == "evaluating" or not list(runs.glob(".base/*"))  # what the next run would believe
 
 
+def test_a_mistake_in_the_data_leaves_nothing(large, tmp_path):
+    """Weights are hashed last, and only then is anything kept."""
+    from moabench.benchmarks.run.prepared import Prepared
+
+    options = [f"model.path={large}", "data=local", f"data.root={tmp_path}", f"runs_dir={tmp_path / 'runs'}"]
+    with pytest.raises(ConfigError):
+        Prepared(composed(options))
+    assert not (tmp_path / "runs").exists()
+
+
 # ---- weights
 
 
