@@ -42,19 +42,21 @@ def token_usage(
 
 
 def of_run(path: str | Path, text: str, label: str = "") -> Plot:
-    """`token_usage` of the trained adapter of a finished run on its base model."""
+    """`token_usage` of the trained adapter of a finished run on its base model. Raises ConfigError where its
+    config or adapter cannot be read, or was made for another base."""
     import yaml
 
     from moabench.benchmarks.bases.adapters import load_adapter
+    from moabench.benchmarks.bases.fingerprint import model_fingerprint
     from moabench.benchmarks.bases.loading import load_model
     from moabench.benchmarks.config.run import RunConfig
 
     config = yaml.safe_load((Path(path) / "config.yaml").read_text(encoding="utf-8"))
     cfg = RunConfig.from_composed({**config, "task": config["task"]["eval"]})
+    fingerprint = model_fingerprint(cfg.model, Path(path).parent).digest
     base, tokenizer = load_model(cfg.model, cfg.seed, "cpu")
-    return token_usage(
-        load_adapter(base, Path(path) / "adapter"), tokenizer, text, label=label or cfg.parsed_method.name
-    )
+    adapted = load_adapter(base, Path(path) / "adapter", fingerprint)
+    return token_usage(adapted, tokenizer, text, label=label or cfg.parsed_method.name)
 
 
 def _drawn(routing: dict[str, Any], tokens: list[str], label: str) -> Plot:

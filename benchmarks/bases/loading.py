@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moabench.methods.spec import ConfigError, nearest
+
+from .folder import check_folder, own_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,41 +46,30 @@ def skeleton(cfg: ModelConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return _random(cfg, tokenizer, seed=0)
     with _one_error(cfg), torch.device("meta"):
-        config = AutoConfig.from_pretrained(cfg.folder or cfg.source, revision=cfg.revision or "main")
+        config = AutoConfig.from_pretrained(**_place(cfg))
         return AutoModelForCausalLM.from_config(
-            config, attn_implementation=cfg.attention, dtype=getattr(torch, cfg.dtype)
+            config,
+            attn_implementation=cfg.attention,
+            dtype=getattr(torch, cfg.dtype),
+            trust_remote_code=cfg.trust_remote_code,
         )
 
 
-def check_folder(cfg: ModelConfig) -> None:
-    """ConfigError where a local folder lacks what is needed; a hub id is left to `from_pretrained`."""
-    folder = cfg.folder
-    if folder is None:
-        return
-    wanted = {"tokenizer.json": ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")}
-    if cfg.kind != "random":
-        wanted = {
-            "config.json": ("config.json",),
-            "weights (*.safetensors)": ("*.safetensors", "pytorch_model*.bin"),
-        } | wanted
-    what = f"model={cfg.name}, model.path={cfg.path!r}"
-    hint = (
-        "expected a folder written by save_pretrained"
-        if cfg.kind == "pretrained"
-        else "`make base` builds it"
-    )
-    if not folder.is_dir():
-        raise ConfigError(f"{what}: no folder {folder}; {hint}, or a hub id (owner/name).")
-    for part, patterns in wanted.items():
-        if not any(any(folder.glob(pattern)) for pattern in patterns):
-            raise ConfigError(f"{what}: no {part} in {folder}; {hint}.")
+def _place(cfg: ModelConfig) -> dict[str, Any]:
+    """Where `from_pretrained` reads, and whether it may run what it finds there: said at every call, since
+    transformers asks on the terminal otherwise."""
+    return {
+        "pretrained_model_name_or_path": cfg.folder or cfg.source,
+        "revision": cfg.revision or "main",
+        "trust_remote_code": cfg.trust_remote_code,
+    }
 
 
 def _tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _one_error(cfg):
-        tokenizer = AutoTokenizer.from_pretrained(cfg.folder or cfg.source, revision=cfg.revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(**_place(cfg))
     if tokenizer.pad_token_id is None:  # padding is masked everywhere, so any existing token will do
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -87,13 +79,17 @@ def _pretrained(cfg: ModelConfig, device: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from . import complete
+
     options = {"dtype": getattr(torch, cfg.dtype), "attn_implementation": cfg.attention}
     if cfg.quantize:
         options |= {"quantization_config": _quantization(cfg), "device_map": {"": device}}
-    with _one_error(cfg):
-        return AutoModelForCausalLM.from_pretrained(
-            cfg.folder or cfg.source, revision=cfg.revision or "main", **options
+    with _one_error(cfg), _without_report():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **_place(cfg), **options, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    complete.check(cfg, model, report)
+    return model
 
 
 def _quantization(cfg: ModelConfig):
@@ -146,8 +142,23 @@ def _random(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
             pad_token_id=tokenizer.pad_token_id,
         )
         return AutoModelForCausalLM.from_config(
-            config, attn_implementation=cfg.attention, dtype=getattr(torch, cfg.dtype)
+            config,
+            attn_implementation=cfg.attention,
+            dtype=getattr(torch, cfg.dtype),
+            trust_remote_code=False,
         )
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of tensors that did not fit: they are one error of ours."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
@@ -159,6 +170,8 @@ def _one_error(cfg: ModelConfig) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # they raise a dozen types, safetensors its own
+        if "trust_remote_code" in str(error):
+            raise own_code(cfg) from error
         reason = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
         )

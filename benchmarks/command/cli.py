@@ -20,7 +20,7 @@ from typing import Any
 from moabench.benchmarks import tasks
 from moabench.benchmarks.config.choices import CONF, groups
 from moabench.benchmarks.config.overrides import nested, one_line, prepare, tunes
-from moabench.benchmarks.config.run import RunConfig
+from moabench.benchmarks.config.run import RunConfig, keys
 from moabench.benchmarks.machine import processes
 from moabench.benchmarks.machine.files import RunError, storage_error
 from moabench.methods.spec import ConfigError
@@ -165,7 +165,9 @@ def job(composed: Any) -> float | None:
     try:
         data = OmegaConf.to_container(composed, resolve=True)
         show = data.get("traceback") is True
-        cfg = RunConfig.from_composed(data, overrides)
+        grid = HydraConfig.get().sweeper.get("params") or {}  # of a study's file, not typed
+        typed = [text for text in overrides if text.partition("=")[0] not in grid]
+        cfg = RunConfig.from_composed(data, overrides).trusting(keys(typed))
         if sweep and not cfg.quiet and processes.rank() == 0:
             print(
                 f"\n[{HydraConfig.get().job.num}] {' '.join(text.lstrip('+') for text in overrides)}",

@@ -16,19 +16,35 @@ NOT_IN_HASH = {
 """What cannot change the result: whole sections (None) or some of their keys."""
 
 
+LATER = {"later": True}
+"""Metadata of a field that came after runs were made: at its default it is in no hash, so that they are still
+found."""
+
+
 def digest(data: Any) -> str:
     """SHA-256 (hex) of plain data, independent of the order of keys."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, hashed: bool = False) -> Any:
     """Dataclasses as dicts; a part keeps its `kind`, which is a class attribute, since two kinds may have
-    equal fields."""
+    equal fields. hashed: without the `LATER` fields that are at their default."""
     if dataclasses.is_dataclass(value):
         kind = {"kind": value.kind} if isinstance(getattr(type(value), "kind", None), str) else {}
-        return kind | {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: getattr(value, f.name)
+            for f in dataclasses.fields(value)
+            if not (hashed and _later(value, f))
+        }
+        return kind | {name: plain(part, hashed) for name, part in fields.items()}
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): plain(v, hashed) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(v) for v in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+        ordered = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return [plain(v, hashed) for v in ordered]
     return value
+
+
+def _later(value: Any, field: dataclasses.Field) -> bool:
+    """Whether a field of `value` says what was so before there was the field."""
+    return field.metadata.get("later", False) and getattr(value, field.name) == field.default

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +73,8 @@ class RunConfig:
         """Validated config from what Hydra composed; `overrides`, as the user typed them, win over the
         recipes of `train`."""
         data = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
-        chosen = {re.sub(r"^[+~]*", "", text).partition("=")[0] for text in overrides}
+        chosen = keys(overrides)
+        typed = frozenset(chosen)
         if data.get("experiment"):
             experiment = build(ExperimentConfig, data["experiment"], "experiment")
             data = experiment.applied(data)
@@ -86,7 +87,17 @@ class RunConfig:
             data["task"] = TaskConfig.of(data["task"])
         if isinstance(data.get("model"), dict) and "model.path" in chosen:
             data["model"] = _own_model(data["model"], chosen)
-        return build(cls, data)
+        return build(cls, data).trusting(typed)
+
+    def trusting(self, typed: Collection[str] = ()) -> RunConfig:
+        """This config. Raises ConfigError where it would run a model's own code and `typed`, the keys on the
+        command line, does not have the key: a file may be somebody else's."""
+        if self.model.trust_remote_code and "model.trust_remote_code" not in typed:
+            raise ConfigError(
+                "model.trust_remote_code=true: runs the Python files of model.path, which the file of a "
+                "study, a run or an adapter may not ask for; expected it on the command line of this run."
+            )
+        return self
 
     @cached_property
     def parsed_method(self) -> Any:
@@ -107,6 +118,11 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data, as written to config.yaml."""
         return plain(self)
+
+
+def keys(overrides: Iterable[str]) -> set[str]:
+    """The keys of overrides as on the command line."""
+    return {re.sub(r"^[+~]*", "", text).partition("=")[0] for text in overrides}
 
 
 def _merge_recipe(train: dict, method: str, chosen: set[str]) -> dict:
@@ -135,9 +151,9 @@ def _own_model(model: dict, chosen: set[str]) -> dict:
 def run_hash(cfg: RunConfig, inputs: Mapping[str, Any] | None = None) -> str:
     """SHA-256 (hex) of everything that can change the result, `inputs` (fingerprints of weights and data)
     included."""
-    method = plain(cfg.parsed_method)
+    method = plain(cfg.parsed_method, hashed=True)
     method.pop("data")  # as typed; the rest of a parsed method says the same with every default spelled out
-    data = plain(cfg) | {"method": method}
+    data = plain(cfg, hashed=True) | {"method": method}
     for section, keys in NOT_IN_HASH.items():
         if keys is None:
             del data[section]

@@ -15,6 +15,8 @@ from moabench.benchmarks import tasks
 from moabench.benchmarks.world.facts import Axes
 from moabench.methods.spec import Bound, ConfigError, Count, NonNegative, Positive, Share, nearest
 
+from .hashing import LATER
+
 
 @dataclass(frozen=True)
 class RandomModel:
@@ -51,6 +53,9 @@ class ModelConfig:
     quantize: Literal[4, 8] | None = None
     """Bits of the base's linear layers (bitsandbytes); null: not quantised."""
     random: RandomModel | None = None
+    trust_remote_code: bool = field(default=False, metadata=LATER)
+    """Run the Python files that lie beside the weights (kind=pretrained), for an architecture that
+    transformers does not have. Only the command line can say so."""
 
     def __post_init__(self) -> None:
         if (self.kind == "pretrained") != (self.path is not None):
@@ -66,6 +71,10 @@ class ModelConfig:
             raise ConfigError(
                 f"quantize={self.quantize}: expected null with kind=random, which has no weights to "
                 "read packed."
+            )
+        if self.trust_remote_code and self.kind != "pretrained":
+            raise ConfigError(
+                f"trust_remote_code=true: expected false with kind={self.kind}, which comes with no code."
             )
 
     @property

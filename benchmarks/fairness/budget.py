@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from moabench.benchmarks.bases.fingerprint import model_fingerprint
 from moabench.benchmarks.bases.skeleton import Skeleton
 from moabench.benchmarks.config.budget import Goal
-from moabench.benchmarks.config.hashing import digest
+from moabench.benchmarks.config.hashing import digest, plain
 from moabench.benchmarks.machine import environment, files
 from moabench.methods import catalog
 from moabench.methods.sizes import Dial, Size, dials, scaled, total
@@ -73,8 +73,8 @@ def apply(cfg: RunConfig) -> tuple[RunConfig, Solution | None]:
         return cfg, None
     question = {
         "method": cfg.method,
-        "model": dataclasses.asdict(cfg.model),
-        "weights": model_fingerprint(cfg.model),
+        "model": plain(cfg.model, hashed=True),
+        "weights": model_fingerprint(cfg.model, cfg.runs_dir).digest,
         "budget": dataclasses.asdict(cfg.budget),
         "versions": environment.versions(("moabench", "torch", "transformers", "peft")),
         "batch": cfg.train.batch_size,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks.config.hashing import NOT_IN_HASH, digest
+from moabench.benchmarks.config.hashing import NOT_IN_HASH, digest, plain
 from moabench.benchmarks.config.run import RunConfig
 
 
@@ -98,7 +98,7 @@ def study(cfg: RunConfig) -> str:
     method, seed and settings of the machine."""
     shared = {
         key: value
-        for key, value in cfg.to_dict().items()
+        for key, value in plain(cfg, hashed=True).items()
         if key not in ("method", "seed", *(k for k, v in NOT_IN_HASH.items() if v is None))
     }
     return f"{cfg.task.name}-{cfg.model.name}-{digest(shared)[:8]}"

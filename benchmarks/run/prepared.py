@@ -39,7 +39,8 @@ class Prepared:
     """One run, prepared. Raises ConfigError for bad data.
 
     inputs: fingerprints of the weights and of the rows that the run reads, and the number of its processes;
-    part of the hash. held_out: texts whose loss is measured before and after training.
+    part of the hash. held_out: texts whose loss is measured before and after training. weights: the files of
+    the base, as they were read for `inputs`.
     """
 
     def __init__(self, cfg: RunConfig, reader: Reader | None = None) -> None:
@@ -65,14 +66,15 @@ class Prepared:
 
     def _inputs(self) -> dict[str, Any]:
         cfg = self.cfg
-        found: dict[str, Any] = {"model": model_fingerprint(cfg.model), "evaluation": self._evaluation()}
+        found: dict[str, Any] = {"evaluation": self._evaluation()}
         if self.trains:
             found["training"] = self._training()
         if processes.count() > 1:  # each has batches of its own, so that the same config is another run
             found["processes"] = processes.count()
         if cfg.forgetting not in ("auto", "none"):
             found["held_out"] = digest(self.held_out)[:16]
-        return found
+        self.weights = model_fingerprint(cfg.model, cfg.runs_dir)  # last: it can take long, and keeps a file
+        return {"model": self.weights.digest} | found
 
     def _evaluation(self) -> dict[str, str]:
         """By task: SHA-256 (16 hex digits) of its protocol's version and of the rows it reports; for the hub,

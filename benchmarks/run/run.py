@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moabench.benchmarks.bases.loading import check_folder
+from moabench.benchmarks.bases.folder import check_folder
 from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.config.sections import LoggerConfig
 from moabench.benchmarks.data import labels

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from .. import stored
 from ..recorder import Context
 from ..router import Router
 from ..spec import ConfigError
@@ -34,6 +35,12 @@ class MixtureModel(BaseTuner):
     accepts_skill_ids = True
 
     def __init__(self, model, peft_config, adapter_name: str, **kwargs: Any) -> None:
+        if not isinstance(peft_config, dict):  # PEFT's inject_adapter_in_model, which transformers calls
+            raise ConfigError(
+                "a mixture is attached with peft.get_peft_model(model, config) and loaded with "
+                "peft.PeftModel.from_pretrained(model, folder); transformers' own add_adapter and "
+                "load_adapter put it into the model without what generation and recording need."
+            )
         self.__dict__["mixture_recorder"] = None
         self.__dict__["prompt_length"] = None  # while generating
         self.__dict__["generating_skills"] = None
@@ -42,6 +49,22 @@ class MixtureModel(BaseTuner):
         self.model.register_forward_hook(self._keep_gates, with_kwargs=True)
 
     # Attaching
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MixtureConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's hook for the tensors of a file, by the names that the model has. PEFT itself takes half an
+        adapter, and writes a tensor that is named like one of the base's into the base."""
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = cls._get_adapter_state_dict(model, config, adapter_name, model.state_dict(), [])
+        declared = {
+            name: tensor
+            for name, tensor in own.items()
+            if name != cls._remove_adapter_name_from_key(name, adapter_name)
+        }
+        stored.check(found, declared, f"adapter {adapter_name!r}: its file")
+        return found
 
     def _prepare_adapter_config(self, peft_config: MixtureConfig, model_config: dict) -> MixtureConfig:
         if not peft_config.spec:

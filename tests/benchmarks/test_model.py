@@ -12,7 +12,8 @@ import pytest
 import torch
 from test_config import composed
 
-from moabench.benchmarks.bases.loading import check_folder, load_model
+from moabench.benchmarks.bases.folder import check_folder
+from moabench.benchmarks.bases.loading import load_model
 from moabench.benchmarks.config.sections import ModelConfig, RandomModel
 from moabench.methods.spec import ConfigError
 

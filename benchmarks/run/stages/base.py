@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moabench.benchmarks.bases.loading import load_model
-from moabench.benchmarks.config.hashing import digest
+from moabench.benchmarks.config.hashing import digest, plain
 from moabench.benchmarks.machine import files, processes
 from moabench.benchmarks.observing.probe import Probe
 
@@ -21,6 +21,7 @@ def run(state: State) -> None:
         state.training = prepared.training_rows(state.path)
         state.metrics |= state.training.metrics
     state.model, state.tokenizer = load_model(cfg.model, cfg.seed, "cpu" if cfg.shard else state.device)
+    prepared.weights.check()
     if cfg.shard:
         processes.shard(state.model, state.device)
     state.base = _frozen(state)
@@ -31,11 +32,10 @@ def run(state: State) -> None:
 def _frozen(state: State) -> Measured:
     """Measured, or read where it was measured before."""
     prepared, cfg = state.prepared, state.prepared.cfg
-    plain = cfg.to_dict()
     shared: dict[str, Any] = {
-        "model": plain["model"],
+        "model": plain(cfg.model, hashed=True),
         "weights": prepared.inputs["model"],
-        "data": {key: value for key, value in plain["data"].items() if key != "train_limit"},
+        "data": {key: value for key, value in plain(cfg.data, hashed=True).items() if key != "train_limit"},
         "rows": prepared.inputs["evaluation"],
         "tasks": cfg.task.eval,
         "protocol": cfg.protocol,
@@ -48,5 +48,6 @@ def _frozen(state: State) -> Measured:
     known = files.read_json(file)
     if known is None:
         known = vars(measured(state))
+        prepared.weights.check()
         files.write_json(file, known)
     return Measured(**known)

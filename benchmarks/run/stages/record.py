@@ -12,6 +12,7 @@ from .state import State
 def run(state: State) -> None:
     """Writes everything but metrics.json, which says that all of it is there."""
     prepared, base, found = state.prepared, state.base, state.found
+    prepared.weights.check()
     state.metrics |= found.metrics
     state.metrics |= {
         f"base/{key.removeprefix('eval/')}": value
