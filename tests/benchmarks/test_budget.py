@@ -85,7 +85,7 @@ def test_what_cannot_be_reached_is_refused_with_what_can(tmp_path):
     with pytest.raises(ConfigError) as caught:
         solved(tmp_path, "method=molora", "budget.size=10k")
     routers = 6 * 8 * (4 * 256 + 704)
-    smallest = routers + 8 * LORA_41 // 37
+    smallest = routers + 8 * LORA_41 // 41
     for part in (
         "molora",
         "10,000",
