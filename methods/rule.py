@@ -11,34 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .spec import Part
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .catalog import Mixture
     from .routing import Routing
-    from .tuner.sites import Site
 
 
 @dataclass(frozen=True)
 class Rule(Part):
-    """Base of all rules. A moment that a rule does not define is passed over."""
+    """Base of all rules. sites: of the mixture, tuner/sites.py. A moment that a rule does not define is
+    passed over."""
 
     folder: ClassVar[str] = "moabench.methods.rules"
 
-    def check(self, mixture: Mixture) -> None:
-        """Raise ConfigError where this rule cannot act on the mixture."""
+    def check(self, mixture: Any) -> None:
+        """Raise ConfigError where this rule cannot act on the mixture (catalog.Mixture)."""
 
     def counts(self, routing: Routing) -> Tensor | None:
         """What to sum over the step's passes and processes, a tensor of one site's Routing [T, E] without
         padding (`routing.mask`); None where nothing is."""
         return None
 
-    def after_backward(self, sites: Sequence[Site]) -> None:
+    def after_backward(self, sites: Sequence[Any]) -> None:
         """The gradients of the whole accumulated batch are there, over all processes, and clipped."""
 
-    def after_step(self, sites: Sequence[Site], counts: Sequence[Tensor]) -> None:
+    def after_step(self, sites: Sequence[Any], counts: Sequence[Tensor]) -> None:
         """The optimiser has moved. counts: of each site, summed since the last step."""

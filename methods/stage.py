@@ -12,12 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from .spec import Part, Positive
-
-if TYPE_CHECKING:
-    from .catalog import Mixture
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,9 @@ class Stage(Part):
     label: Literal["skill", "task", "domain"] = "skill"
     length: Positive = 1.0
 
-    def check(self, mixtures: tuple[Mixture, ...]) -> None:
-        """Raise ConfigError where the method, in any of its layers, cannot be trained so."""
+    def check(self, mixtures: tuple[Any, ...]) -> None:
+        """Raise ConfigError where the method of these mixtures (catalog.Mixture), in any of its layers,
+        cannot be trained so."""
 
     def rounds(self, counts: Sequence[int]) -> list[Round]:
         """Its trainings, in order. counts: rows of each label; [rows] where none are read."""

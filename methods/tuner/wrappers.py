@@ -3,20 +3,18 @@ layer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
 from .architecture import base_of
 
-if TYPE_CHECKING:
-    from .layer import MixtureLayer
-
 
 class _Wrapper(nn.Module):
-    """A frozen module under its mixture; other attributes are the module's own."""
+    """A frozen module under its mixture, which `layer` (a MixtureLayer) runs; other attributes are the
+    module's own."""
 
-    def __init__(self, base_layer: nn.Module, layer: MixtureLayer) -> None:
+    def __init__(self, base_layer: nn.Module, layer: Any) -> None:
         super().__init__()
         self.base_layer = base_of(base_layer)
         self._layer = (layer,)
@@ -33,7 +31,7 @@ class _Wrapper(nn.Module):
 class RoutedLinear(_Wrapper):
     """A frozen linear whose output the layer's mixtures add to."""
 
-    def __init__(self, base_layer: nn.Module, layer: MixtureLayer, attribute: str) -> None:
+    def __init__(self, base_layer: nn.Module, layer: Any, attribute: str) -> None:
         super().__init__(base_layer, layer)
         self._attribute = attribute
 

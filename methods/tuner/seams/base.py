@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,9 +11,6 @@ from ...bank import Experts
 from ...catalog import Mixture
 from ...params import Param
 from ..architecture import DecoderLayer
-
-if TYPE_CHECKING:
-    from ..layer import MixtureLayer
 
 
 class Entry(NamedTuple):
@@ -32,8 +29,9 @@ def tensor_name(mixture: Mixture, part: str, place: str, tensor: str) -> str:
 class Seam:
     """The banks of one adapter that attach to one decoder layer in one way.
 
-    A seam implements what it takes part in: `linears` names the linears that it wraps and `linear` runs one
-    of them, `feed_forward` runs the block, `attention` adds to the attention's output.
+    owner: the layer's MixtureLayer, which has tensors, context and routers. A seam implements what it takes
+    part in: `linears` names the linears that it wraps and `linear` runs one of them, `feed_forward` runs the
+    block, `attention` adds to the attention's output.
     """
 
     linears: tuple[str, ...] = ()
@@ -51,14 +49,14 @@ class Seam:
         """(mixture, `router` or bank, place, tensors), routers of a whole block excepted."""
         raise NotImplementedError
 
-    def linear(self, owner: MixtureLayer, attribute: str, x: Tensor, inner: Callable) -> Tensor:
+    def linear(self, owner: Any, attribute: str, x: Tensor, inner: Callable) -> Tensor:
         """Output [..., b] of a linear for its input x [..., a]; `inner(x)` runs it without this seam."""
         raise NotImplementedError
 
-    def feed_forward(self, owner: MixtureLayer, block: nn.Module, x: Tensor) -> Tensor:
+    def feed_forward(self, owner: Any, block: nn.Module, x: Tensor) -> Tensor:
         """Output [B, L, d] of the block for its input x [B, L, d]."""
         raise NotImplementedError
 
-    def attention(self, owner: MixtureLayer, query: Tensor, scaling: float) -> Tensor:
+    def attention(self, owner: Any, query: Tensor, scaling: float) -> Tensor:
         """What to add to the attention's output [B, L, H, hd]; query [B, H, L, hd]."""
         raise NotImplementedError
