@@ -40,6 +40,7 @@ from moabench.benchmarks.machine.globals import undisturbed
 from moabench.benchmarks.observing import load_measures
 from moabench.benchmarks.observing.load import LoadCounts
 from moabench.benchmarks.observing.load_measures import Choices
+from moabench.benchmarks.tasks.documents import Documents
 from moabench.benchmarks.tasks.rows import Reader
 from moabench.methods import record
 from moabench.methods.spec import ConfigError
@@ -119,13 +120,6 @@ def load_tasks(names: Sequence[str], reader: Reader, protocol: str = "native") -
     return loaded
 
 
-class Rows(list):
-    """Rows as lm-eval wants documents: it reads the names of their keys, which nothing here is looked up
-    by."""
-
-    features: dict[str, Any] = {}
-
-
 class FormTask(ConfigurableTask):
     """One form over given rows, as a task of lm-eval. tokens: most of a generated answer."""
 
@@ -142,7 +136,7 @@ class FormTask(ConfigurableTask):
         super().__init__(
             config={
                 "task": form.task.name,
-                "custom_dataset": lambda **_: {"test": Rows(rows)},
+                "custom_dataset": lambda **_: {"test": Documents(rows)},
                 "test_split": "test",
                 "output_type": "multiple_choice" if self.compares else "generate_until",
                 "doc_to_text": form.prompt,
@@ -350,7 +344,7 @@ def _sample(record: Row, form: Form, title: str) -> Row:
         "context": doc.get("context"),
         "choices": list(choices) if choices else None,
         "label": doc.get("label"),
-        "answer": doc["answer"] if "answer" in doc else choices[doc["label"]],
+        "answer": choices[doc["label"]] if form.task.kind == "choices" else doc["answer"],
         **found,
         "correct": bool(record["acc"]),
         "correct_norm": bool(record["acc_norm"]) if "acc_norm" in record else None,

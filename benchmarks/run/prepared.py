@@ -19,7 +19,7 @@ from moabench.benchmarks.data import mixes
 from moabench.benchmarks.evaluation import forgetting
 from moabench.benchmarks.fairness import leakage
 from moabench.benchmarks.machine import files, processes
-from moabench.benchmarks.tasks.rows import Reader, is_held_out
+from moabench.benchmarks.tasks.rows import Reader, is_held_out, is_instruction
 from moabench.methods.catalog import Method
 from moabench.methods.spec import ConfigError
 
@@ -106,7 +106,7 @@ class Prepared:
         """The rows to train on; `data.json` and `leakage.json` of the folder `path` say how they were made
         and which of them are evaluated too. Raises ConfigError with leakage=refuse."""
         cfg, (rows, record) = self.cfg, self.mixed
-        for name in dict.fromkeys(row["task"] for row in rows if "instruction" not in row):
+        for name in dict.fromkeys(row["task"] for row in rows if not is_instruction(row)):
             if reason := tasks.get(name).unavailable(cfg.data.source, cfg.protocol):
                 raise ConfigError(
                     f"mix={cfg.mix.name} trains on {name} with data.source={cfg.data.source}, "
@@ -114,6 +114,11 @@ class Prepared:
                 )
         if cfg.data.held_out:
             rows = [row for row in rows if not is_held_out(row)]
+            if not rows:
+                raise ConfigError(
+                    "data.held_out=True (as in trials of train.lr_grid): no training row is left; expected "
+                    "more rows."
+                )
         evaluated = [row for task in cfg.task.eval for row in self.reader.reported(task)]
         # The built-in world is made of templates, where two facts differ in a word or two: nearness means
         # nothing there.
@@ -136,6 +141,8 @@ class Prepared:
         if record["without_train_split"]:
             without = ", ".join(record["without_train_split"])
             yield f"no train split with data.source={cfg.data.source}, so not trained on: {without}"
+        if empty := record.get("instructions", {}).get("empty"):
+            yield f"mix={cfg.mix.name}: {empty:,} rows without an instruction or an output, left out"
         for difference in record.get("instructions", {}).get("differs", []):
             yield f"mix={cfg.mix.name}: {difference}"
         if report.leaked:

@@ -23,6 +23,7 @@ from moabench.benchmarks.data import batches, cache, mixes
 from moabench.benchmarks.data.batches import Example
 from moabench.benchmarks.machine import processes
 from moabench.benchmarks.observing import load_measures
+from moabench.benchmarks.tasks.rows import is_instruction
 from moabench.methods.spec import ConfigError
 
 from .trainer import MixtureTrainer
@@ -128,7 +129,7 @@ def encode_rows(
 def _texts(row: dict, protocol: str) -> tuple[str, str]:
     """(prompt, answer) of a row in the form in which its task is evaluated; an instruction row brings its own
     text."""
-    if "instruction" in row:
+    if is_instruction(row):
         return mixes.pair(row)
     form = tasks.get(row["task"], "mix.parts").form(protocol)
     return form.prompt(row), form.answer(row)

@@ -271,6 +271,16 @@ def test_rows_are_trained_in_the_form_in_which_they_are_evaluated(tokenizer, con
     assert tokenizer.decode(example.ids) == form.prompt(row) + form.answer(row) + "</s>"
 
 
+def test_a_rows_kind_is_not_read_from_the_keys_that_it_has(tokenizer, config):
+    """Keys of instruction files, other tasks and templates: the same tokens under each protocol."""
+    row = rows(config())[0]
+    strange = ("instruction", "output", "input", "mix", "answer", "stem", "options", "words", "lettered")
+    for protocol in tasks.PROTOCOLS:
+        cfg = replace(config(max_length=4096), protocol=protocol)
+        encoded, _ = encode_rows(tokenizer, [row, *({**row, key: "x"} for key in strange)], cfg)
+        assert all(example == encoded[0] for example in encoded)
+
+
 def test_padding_changes_no_loss(llama, tokenizer, config):
     examples, _ = encode_rows(tokenizer, rows(config())[:6], config())
 
