@@ -4,6 +4,7 @@ is found without it."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,25 +76,32 @@ class Prepared:
         return found
 
     def _evaluation(self) -> dict[str, str]:
-        """By task: SHA-256 (16 hex digits) of its protocol's version and of the rows it reports; for the hub,
-        of the pinned revision."""
+        """By task: SHA-256 (16 hex digits) of its protocol's version and of the rows it reports; of its
+        commit, where it is pinned to one of the hub."""
         found = {}
         for name in self.cfg.task.eval:
-            hub = self.cfg.data.source == "hub"
-            content = self._pinned(name) if hub else self.reader.reported(name)
+            content = self._commit(name) or self.reader.reported(name)
             found[name] = digest([tasks.get(name).facts["version"], content])[:16]
         return found
 
     def _training(self) -> str:
-        """SHA-256 (16 hex digits) of the rows trained on, before any is dropped as leaked; for the hub, of
-        the pinned revisions."""
-        if self.cfg.data.source == "hub":
-            parts = self.cfg.mix.parts or dict.fromkeys(self.cfg.task.eval)
-            return digest([self._pinned(name) for name in parts])[:16]
+        """SHA-256 (16 hex digits) of the rows trained on, before any is dropped as leaked; of their commits,
+        where all are pinned to some of the hub."""
+        cfg = self.cfg
+        commits = [self._commit(name) for name in cfg.mix.parts or cfg.task.eval]
+        evaluated = [self._commit(name) for name in cfg.task.eval]
+        hub = cfg.mix.hub and cfg.mix.hub.revision  # a commit of it is in the config, which is hashed too
+        if cfg.mix.file is None and all((*commits, *evaluated)) and (not hub or _is_commit(hub)):
+            return digest(commits)[:16]
         return digest(self.mixed[0])[:16]
 
-    def _pinned(self, task: str) -> Any:
-        return [tasks.get(task).facts.get("hub"), self.cfg.data.revisions.get(task)]
+    def _commit(self, task: str) -> Any:
+        """The public data set of a task at its commit; None for rows from elsewhere, and for a revision that
+        moves, such as a branch."""
+        if self.cfg.data.source != "hub":
+            return None
+        hub, own = tasks.get(tasks.SETS.get(task, task)).facts.get("hub"), self.cfg.data.revisions.get(task)
+        return [hub, own] if hub and _is_commit(own or hub["revision"]) else None
 
     @cached_property
     def mixed(self) -> tuple[list[Row], dict[str, Any]]:
@@ -165,3 +173,7 @@ class Prepared:
                 about["max_new_tokens"] = task.tokens(self.cfg.data.source)
             found[tasks.title(name, self.cfg.data.title, form.protocol)] = form.names | about
         return found
+
+
+def _is_commit(revision: str | None) -> bool:
+    return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None

@@ -148,7 +148,6 @@ def _facts(metrics: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
         if metrics.get("leakage/rows")
         else []
     )
-    cut = [_figure(metrics, key, form) for key, form in CUT.items() if metrics.get(key)]
     lines = {
         "parameters": [parameters],
         "training": parts,
@@ -157,12 +156,17 @@ def _facts(metrics: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
         "collapse": alike,
         "forgetting": forgotten,
         "leakage": leaked,
-        "cut": cut,
+        "cut": [cut(metrics)],
     }
     lines["folder"] = [str(folder)]
     joined = {name: ", ".join(filter(None, texts)) for name, texts in lines.items()}
     return [(name, text) for name, text in joined.items() if text]
 
 
-def _figure(metrics: dict[str, Any], key: str, form: str, factor: float = 1.0) -> str:
+def cut(metrics: Mapping[str, Any]) -> str:
+    """What was not read whole, in words; empty where there is none."""
+    return ", ".join(_figure(metrics, key, form) for key, form in CUT.items() if (metrics.get(key) or 0) > 0)
+
+
+def _figure(metrics: Mapping[str, Any], key: str, form: str, factor: float = 1.0) -> str:
     return form.format(metrics[key] * factor) if metrics.get(key) is not None else ""
