@@ -125,7 +125,7 @@ def test_sharing_reads_each_prompt_once(llama, monkeypatch):
         llama, [batches.Example(prompt + answer, 40) for answer in ([50, 51, 52], [60, 61, 62], [70])], 2, 8
     )
     hook.remove()
-    assert seen == [(1, 40), (2, 2)]
+    assert seen == [(1, 1), (1, 40), (2, 2)], "a look at the cache, the prompt, the answers"
 
 
 @pytest.mark.parametrize(
