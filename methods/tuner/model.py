@@ -158,7 +158,9 @@ class MixtureModel(BaseTuner):
             )
         else:
             mask = None
-        if given.get("attention_mask") is None and self._pools():
+        if given.get("attention_mask") is None and any(
+            r.reads_prompt or r.granularity == "sequence" for r in self._routers()
+        ):
             refuse_packed(given.get("position_ids"))
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         labels = given.get("labels")

@@ -19,7 +19,8 @@ POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
 def test_a_packed_row_is_its_sequences_or_refused(name):
     model = attached(name)
     ids = torch.randint(3, VOCAB, POSITIONS.shape, generator=torch.Generator().manual_seed(0))
-    if any(mixture.router.reads_prompt for mixture in METHODS[name].mixtures):
+    routers = [mixture.router for mixture in METHODS[name].mixtures]
+    if any(router.reads_prompt or router.granularity == "sequence" for router in routers):
         with pytest.raises(ConfigError, match="position_ids: they restart within a row"):
             model(input_ids=ids, position_ids=POSITIONS, use_cache=False)
         return
