@@ -25,6 +25,7 @@ import yaml
 
 from moabench.benchmarks import tasks
 from moabench.benchmarks.config.command import command
+from moabench.benchmarks.run import summary as run_summary
 from moabench.benchmarks.run.reading import Study
 
 from . import plots
@@ -151,6 +152,9 @@ def summary(problem: Problem, pairs: list[Pair]) -> list[str]:
     ]
     if recipes:
         found.append(f"Trained on other terms than most: {'; '.join(recipes)}.")
+    cut = [f"{e.label} ({words})" for e in entries if (words := run_summary.cut(e.finished.iloc[0]))]
+    if cut:
+        found.append(f"Not all was read whole: {'; '.join(cut)}.")
     lost = [f"{e.label} ({'; '.join(problem.remarks(e))})" for e in problem.entries if e.finished.empty]
     return [*found, f"Without a result: {', '.join(lost)}."] if lost else found
 

@@ -138,6 +138,9 @@ class DataConfig:
     held_out: bool = False
     """Evaluate on a tenth of each train split, which is then not trained on, instead of on the split that is
     reported."""
+    allow_cut: Annotated[float, Bound(ge=0, le=1)] = 0.1
+    """Share of the training texts, and of each task's prompts, that may lose their beginning because they are
+    longer than what is read; more are an error."""
     revisions: dict[str, str] = field(default_factory=dict)
     """Task -> commit of its public data set (source=hub), instead of the pinned one of the task's file."""
 

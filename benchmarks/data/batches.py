@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moabench.benchmarks.machine.files import RunError
+from moabench.methods.spec import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +44,8 @@ class Example:
 def encode(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], eos: bool = False
 ) -> list[Example]:
-    """(prompt, answer) pairs as tokens; `eos` ends each answer with the tokenizer's end token.
+    """(prompt, answer) pairs as tokens; `eos` ends each answer with the tokenizer's end token. Raises
+    ConfigError where it has none.
 
     The whole text is encoded, and the prompt is those tokens that it begins with when encoded alone. Where it
     ends in blanks, it is those that it has before any answer: most tokenizers join the last blank with a word
@@ -51,12 +53,52 @@ def encode(
     gives all such blanks to the answer; otherwise it cuts where this does, but for tokens that reach over the
     end of a prompt. Each distinct text is encoded once, in one batch.
     """
+    if eos and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model.path: the tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) has no end "
+            "token, so that no trained answer would end; expected eos_token in its tokenizer_config.json."
+        )
     probes = {prompt: prompt + PROBE for prompt, _ in pairs if prompt[-1:].isspace()}
     texts = list(dict.fromkeys(text for p, a in pairs for text in (p, p + a, probes.get(p, p))))
-    ids = dict(zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True)) if texts else {}
-    end = [tokenizer.eos_token_id] if eos and tokenizer.eos_token_id is not None else []
+    ids = dict(zip(texts, tokens(tokenizer, texts), strict=True))
+    end = [tokenizer.eos_token_id] if eos else []
     kept = {p: ids[p][: _common(ids[p], ids[probes.get(p, p)])] for p in dict.fromkeys(p for p, _ in pairs)}
     return [Example(ids[p + a] + end, _common(kept[p], ids[p + a])) for p, a in pairs]
+
+
+def tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text with what the tokenizer puts before it (a beginning token), without what it puts
+    after it (some append an end token): texts go on."""
+    if not texts:
+        return []
+    whole, bare = (tokenizer(PROBE, add_special_tokens=special)["input_ids"] for special in (True, False))
+    before = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
+    if before is None:
+        raise ConfigError(
+            f"model.path: the tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) changes the "
+            "tokens of a text when it adds its own; expected them before and after the text."
+        )
+    after = len(whole) - before - len(bare)
+    found = tokenizer(list(texts), verbose=False)["input_ids"]
+    return [ids[: len(ids) - after] for ids in found] if after else found
+
+
+def positions(model: torch.nn.Module) -> int | None:
+    """Most tokens that the model reads, as its config says; None where it says nothing."""
+    config = model.config.get_text_config()
+    names = ("n_positions", "max_position_embeddings", "n_ctx")
+    return next((found for name in names if (found := getattr(config, name, None))), None)
+
+
+def check_ids(model: torch.nn.Module, examples: Sequence[Example]) -> None:
+    """ConfigError for a token that the model's embedding has no row of."""
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max((max(e.ids, default=0) for e in examples), default=0)
+    if largest >= rows:
+        raise ConfigError(
+            f"model.path: the tokenizer gives token {largest}, and the model's embedding has {rows} rows; "
+            "expected the tokenizer that belongs to the model."
+        )
 
 
 PROBE = "a"

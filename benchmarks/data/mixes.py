@@ -19,9 +19,8 @@ same ones. Torch-free.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from typing import Any
 from moabench.benchmarks import tasks
 from moabench.benchmarks.config.mix import MixConfig, PartConfig, Published, part_names
 from moabench.benchmarks.tasks import rows as sources
+from moabench.benchmarks.tasks.objects import objects
 from moabench.methods.spec import ConfigError, nearest
 
 Row = dict[str, Any]
@@ -160,51 +160,13 @@ def _from_file(mix: MixConfig) -> tuple[list[Row], dict[str, Any]]:
             f"mix.file={mix.file!r}: no such file; expected a JSON list or JSONL of instructions.{near}"
         )
     content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    rows = [
-        _instruction(item, f"{path}, line {line}", mix.name, i)
-        for i, (line, item) in enumerate(_items(text, path))
-    ]
+    items = ((f"{path}, line {line}", item) for line, item in objects(content, path))
+    rows, empty = _instructions(items, mix.name)
     if not rows:
         raise ConfigError(f"{path}: no rows, expected at least one.")
     # The name of the place says nothing to others; the content does.
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    return rows, {"file": path.name, "git_blob": blob}
-
-
-def _items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, object) of a JSON list or of JSONL."""
-    decoder, position = json.JSONDecoder(), _after_blanks(text, 0)
-    listed = text[position : position + 1] == "["
-    position += listed
-    line, counted = 1, 0
-    while (position := _after_blanks(text, position)) < len(text):
-        line, counted = line + text.count("\n", counted, position), position
-        if listed and text[position] == "]":
-            return
-        try:
-            item, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})."
-            ) from None
-        yield line, item
-        position = _after_blanks(text, end)
-        if listed and text[position : position + 1] not in (",", "]"):
-            line += text.count("\n", counted, position)
-            raise ConfigError(f"{path}, line {line}: not JSON (expected ',' or ']' after an object).")
-        position += listed and text[position] == ","
-    if listed:
-        raise ConfigError(f"{path}, line {text.count(chr(10)) + 1}: not JSON (the list has no end).")
-
-
-def _after_blanks(text: str, position: int) -> int:
-    while position < len(text) and text[position].isspace():
-        position += 1
-    return position
+    return rows, {"file": path.name, "git_blob": blob, "empty": empty}
 
 
 def _from_hub(mix: MixConfig) -> tuple[list[Row], dict[str, Any]]:
@@ -222,20 +184,25 @@ def _from_hub(mix: MixConfig) -> tuple[list[Row], dict[str, Any]]:
             f"loaded ({type(error).__name__}: {first}). Needs a network or a filled cache; mix.file needs "
             "neither."
         ) from error
-    rows = [
-        _instruction(item, f"{hub.path}, {hub.split} row {i}", mix.name, i) for i, item in enumerate(found)
-    ]
-    return rows, asdict(hub)
+    items = ((f"{hub.path}, {hub.split} row {i}", item) for i, item in enumerate(found))
+    rows, empty = _instructions(items, mix.name)
+    return rows, asdict(hub) | {"empty": empty}
 
 
-def _instruction(item: Any, where: str, mix: str, number: int) -> Row:
+def _instructions(items: Iterable[tuple[str, Mapping[str, Any]]], mix: str) -> tuple[list[Row], int]:
+    """(rows, how many were left out for an instruction or output that is empty: published files have such)
+    of (where, item) pairs."""
+    found = [_instruction(item, where, mix, i) for i, (where, item) in enumerate(items)]
+    rows = [row for row in found if row["instruction"].strip() and row["output"].strip()]
+    return rows, len(found) - len(rows)
+
+
+def _instruction(item: Mapping[str, Any], where: str, mix: str, number: int) -> Row:
     """The row of one instruction; ConfigError with `where`, the key and the reason for a malformed one."""
-    if not isinstance(item, Mapping):
-        raise ConfigError(f"{where}: expected a JSON object, got {type(item).__name__}.")
     for key in ("instruction", "output"):
         if key not in item:
             raise ConfigError(f"{where}: key '{key}' is missing.{nearest(key, item)}")
-        if not isinstance(item[key], str) or not item[key].strip():
+        if not isinstance(item[key], str):
             raise ConfigError(f"{where}: {key}={item[key]!r}: expected text.")
     given = item.get("input")
     if given is not None and not isinstance(given, str):
@@ -255,8 +222,9 @@ def _differences(found: Mapping[str, Any], published: Published | None) -> list[
     if published is None:
         return []
     told = []
-    if published.rows is not None and found["available"] != published.rows:
-        told.append(f"{found['available']} rows, the published file has {published.rows}")
+    rows = found["available"] + found["empty"]
+    if published.rows is not None and rows != published.rows:
+        told.append(f"{rows} rows, the published file has {published.rows}")
     if published.git_blob and "git_blob" in found and found["git_blob"] != published.git_blob:
         told.append(f"git blob {found['git_blob'][:12]}, the published file has {published.git_blob[:12]}")
     return told

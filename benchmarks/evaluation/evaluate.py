@@ -34,12 +34,13 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from moabench.benchmarks import tasks
-from moabench.benchmarks.data import batches, cache
+from moabench.benchmarks.data import batches, cache, cuts
 from moabench.benchmarks.data.batches import Example
 from moabench.benchmarks.machine.globals import undisturbed
 from moabench.benchmarks.observing import load_measures
 from moabench.benchmarks.observing.load import LoadCounts
 from moabench.benchmarks.observing.load_measures import Choices
+from moabench.benchmarks.tasks.documents import Documents
 from moabench.benchmarks.tasks.rows import Reader
 from moabench.methods import record
 from moabench.methods.spec import ConfigError
@@ -87,10 +88,12 @@ def evaluate(
         encode = partial(
             cache.encoded, Path(cfg.runs_dir).expanduser() / ".cache", eos=False, encode=batches.encode
         )
-        lm = MaskedLM(model, tokenizer, cfg.train.eval_batch_size, progress, skills, encode)
+        size, allowed = cfg.train.eval_batch_size, cfg.data.allow_cut
+        lm = MaskedLM(model, tokenizer, size, progress, skills, encode, allowed)
         results = lm_evaluate(lm, {"tasks": dict(loaded)}, bootstrap_iters=1)
         load = _load(lm, loaded, progress)
-    metrics, samples, routing, total = {"eval/cut_requests": lm.cut}, [], [], LoadCounts()
+    metrics, samples, routing, total = {}, [], [], LoadCounts()
+    metrics |= {"eval/requests": lm.asked, "eval/cut_requests": lm.cut}
     for name, task in loaded.items():
         title = tasks.title(name, cfg.data.title, task.form.protocol)
         metrics |= _metrics(f"eval/{title}", results["results"][name])
@@ -119,13 +122,6 @@ def load_tasks(names: Sequence[str], reader: Reader, protocol: str = "native") -
     return loaded
 
 
-class Rows(list):
-    """Rows as lm-eval wants documents: it reads the names of their keys, which nothing here is looked up
-    by."""
-
-    features: dict[str, Any] = {}
-
-
 class FormTask(ConfigurableTask):
     """One form over given rows, as a task of lm-eval. tokens: most of a generated answer."""
 
@@ -142,7 +138,7 @@ class FormTask(ConfigurableTask):
         super().__init__(
             config={
                 "task": form.task.name,
-                "custom_dataset": lambda **_: {"test": Rows(rows)},
+                "custom_dataset": lambda **_: {"test": Documents(rows)},
                 "test_split": "test",
                 "output_type": "multiple_choice" if self.compares else "generate_until",
                 "doc_to_text": form.prompt,
@@ -193,7 +189,8 @@ class MaskedLM(HFLM):
     padding is masked, models that ask for it are told where the prompt ends and what the skill is, and
     prompts are read once where that saves time.
 
-    encode: what turns (prompt, answer) pairs into tokens; a cache may stand here.
+    encode: what turns (prompt, answer) pairs into tokens; a cache may stand here. allow_cut: share of a
+    task's prompts that may be longer than the model reads.
     """
 
     def __init__(
@@ -204,28 +201,62 @@ class MaskedLM(HFLM):
         progress: bool,
         skills: tuple[str, ...] = (),
         encode: Callable[..., list[Example]] = batches.encode,
+        allow_cut: float = 1.0,
     ):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
-        self.progress, self.encode = progress, encode
+        self.progress, self.encode, self.allow_cut = progress, encode, allow_cut
         self.skill_ids = {name: number for number, name in enumerate(skills)}
-        self.cut = 0
-        """Requests whose prompt lost its beginning because it is longer than the model reads."""
+        self.asked = self.cut = 0
+        """Requests, and those whose prompt lost its beginning because it is longer than the model reads."""
 
     def examples(self, pairs: Sequence[tuple[str, str]], docs: Iterable[Row]) -> list[Example]:
         """(prompt, answer) pairs as tokens, with the skill of the document that each belongs to."""
-        found = zip(self.encode(self.tokenizer, pairs), docs, strict=True)
+        encoded = self.encode(self.tokenizer, pairs)
+        batches.check_ids(self.model, encoded)
+        found = zip(encoded, docs, strict=True)
         return [replace(e, skill=self.skill_ids.get(doc.get("skill"), -1)) for e, doc in found]
 
-    def _at_most(self, examples: list[Example], length: int) -> list[Example]:
-        self.cut += sum(len(e.ids) > length for e in examples)
-        return [e.last(length) for e in examples]
+    def _at_most(
+        self, examples: list[Example], length: int, requests: Sequence[Instance] = ()
+    ) -> list[Example]:
+        """Examples of at most `length` tokens. requests: what each is of; ConfigError where too many of a
+        task are cut, or nothing of a question is left."""
+        found = [e.last(length) for e in examples]
+        long = [i for i, e in enumerate(examples) if len(e.ids) > length]
+        self.asked, self.cut = self.asked + len(examples), self.cut + len(long)
+        if long and requests:
+            self._check_cut(examples, found, long, length, requests)
+        return found
+
+    def _check_cut(
+        self,
+        whole: list[Example],
+        found: list[Example],
+        long: list[int],
+        length: int,
+        requests: Sequence[Instance],
+    ) -> None:
+        names = [request.doc.get("task") for request in requests]
+        for i in filter(lambda i: names[i], long):
+            row, longest = requests[i].doc, len(whole[i].ids) + self.max_length - length
+            if cuts.question_is_lost(self.tokenizer, row, requests[i].args[0], found[i]):
+                raise ConfigError(
+                    f"task {names[i]}, row {row['id']}: nothing of the question is left in the "
+                    f"{self.max_length:,} tokens that the model reads; expected a model that reads "
+                    f"{longest:,}, or a shorter question."
+                )
+        for name in dict.fromkeys(names[i] for i in long if names[i]):
+            longest = max(len(whole[i].ids) for i in long if names[i] == name) + self.max_length - length
+            cut = sum(names[i] == name for i in long)
+            what, remedy = f"prompts of {name}", f"a model that reads {longest:,}"
+            cuts.check_share(cut, names.count(name), self.allow_cut, what, length, remedy)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[Score]:
         pairs = [request.args for request in requests]
         if any(not context for context, _ in pairs):  # lm-eval puts an end token in its place
             return super().loglikelihood(requests, disable_tqdm=True)
         examples = self.examples(pairs, [request.doc for request in requests])
-        return self._scores(examples, disable_tqdm)
+        return self._scores(examples, disable_tqdm, requests)
 
     def _loglikelihood_tokens(
         self, requests, disable_tqdm: bool = False, override_bs: int | None = None
@@ -234,8 +265,9 @@ class MaskedLM(HFLM):
         examples = [Example([*context, *answer], len(context)) for _, context, answer in requests]
         return self._scores(examples, disable_tqdm)
 
-    def _scores(self, examples: list[Example], quiet: bool) -> list[Score]:
-        examples = self._at_most(examples, self.max_length + 1)  # the last token is scored, not read
+    def _scores(self, examples: list[Example], quiet: bool, requests: Sequence[Instance] = ()) -> list[Score]:
+        # the last token is scored, not read
+        examples = self._at_most(examples, self.max_length + 1, requests)
         return log_likelihoods(
             self.model,
             examples,
@@ -255,9 +287,9 @@ class MaskedLM(HFLM):
         for (tokens, until), chosen in groups.items():
             room = max(1, self.max_length - tokens)
             pairs = [batches.to_continue(requests[i].args[0]) for i in chosen]
-            prompts = self._at_most(
-                [e.prompt() for e in self.examples(pairs, [requests[i].doc for i in chosen])], room
-            )
+            asked = [requests[i] for i in chosen]
+            prompts = [e.prompt() for e in self.examples(pairs, [request.doc for request in asked])]
+            prompts = self._at_most(prompts, room, asked)
             show = self.progress and not disable_tqdm
             for i, text in zip(
                 chosen,
@@ -350,7 +382,7 @@ def _sample(record: Row, form: Form, title: str) -> Row:
         "context": doc.get("context"),
         "choices": list(choices) if choices else None,
         "label": doc.get("label"),
-        "answer": doc["answer"] if "answer" in doc else choices[doc["label"]],
+        "answer": choices[doc["label"]] if form.task.kind == "choices" else doc["answer"],
         **found,
         "correct": bool(record["acc"]),
         "correct_norm": bool(record["acc_norm"]) if "acc_norm" in record else None,

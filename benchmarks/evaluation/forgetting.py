@@ -110,15 +110,16 @@ def text_loss(
 
 def windows(model, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Example]:
     """Texts as windows whose tokens after the first are predicted."""
-    from moabench.benchmarks.data.batches import Example
+    from moabench.benchmarks.data import batches
 
-    size = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+    size = min(WINDOW, batches.positions(model) or WINDOW)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     found = []
-    for number, ids in enumerate(tokenizer(list(texts), verbose=False)["input_ids"]):
+    for number, ids in enumerate(batches.tokens(tokenizer, texts)):
         if first is not None and ids[:1] != [first]:
             ids = [first, *ids]
-        found += [Example(ids[i : i + size + 1], 1, number) for i in range(0, len(ids) - 1, size)]
+        found += [batches.Example(ids[i : i + size + 1], 1, number) for i in range(0, len(ids) - 1, size)]
+    batches.check_ids(model, found)
     return found
 
 

@@ -2,8 +2,9 @@
 
 A loop of our own and not transformers' `generate`: that hands no skill ids to a router, looks at the device
 after every token, and keeps a finished sequence in the batch until the longest is done. Here finished
-sequences leave the batch, and the device is asked once in CHECK tokens. Prompts are padded on the left and
-masked, positions count real tokens, so a text does not depend on its neighbours.
+sequences leave the batch (where the cache can be taken apart), and the device is asked once in CHECK tokens.
+Prompts are padded on the left and masked, positions count real tokens, so a text does not depend on its
+neighbours.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from tqdm import tqdm
 
 from moabench.benchmarks.data import batches
 from moabench.benchmarks.data.batches import Example
+
+from .scoring import splits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +107,7 @@ def _generate(model, prompts: list[Example], until: Stop, pad: int) -> list[list
         kept = [row for row, i in enumerate(alive) if not until.done(found[i])]
         if not kept:
             break
-        if len(kept) < len(alive):
+        if len(kept) < len(alive) and splits(cache):  # otherwise they go on, and what they say is cut off
             index = torch.tensor(kept, device=out.logits.device)
             cache.batch_select_indices(index)
             batch = {key: value[index] for key, value in batch.items()}

@@ -2,8 +2,9 @@
 
 The answers to one question share its prompt. Where that pays, the prompt runs once and the answers continue
 on copies of its KV cache; a router that decides once a sequence then decides at the prompt, as it does when
-the whole text is read. Where it does not pay (short prompts, long answers, few of them), whole texts are
-read. Which way a question goes depends on the question alone, so that results do not depend on the batch.
+the whole text is read. Where it does not pay (short prompts, long answers, few of them), and for models whose
+cache is more than keys and values, whole texts are read. Which way a question goes depends on the question
+and the model alone, so that results do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from moabench.benchmarks.data import batches
 from moabench.benchmarks.data.batches import Example
@@ -56,9 +59,9 @@ def log_likelihoods(
         key = (e.skill, *e.ids[: e.start])
         question = questions.setdefault(key, Question(e.ids[: e.start], e.skill))
         question.rows.setdefault(tuple(e.ids[e.start : -1]), []).append(i)
-    shared = (
-        {key for key, question in questions.items() if question.shares()} if not reads_ahead(model) else set()
-    )
+    shared = {key for key, question in questions.items() if question.shares()}
+    if shared and (reads_ahead(model) or not splits(_cache(model, questions[min(shared)], pad))):
+        shared = set()
     together = [question for key, question in questions.items() if key in shared]
     apart = [
         (question, row) for key, question in questions.items() if key not in shared for row in question.rows
@@ -82,6 +85,20 @@ def reads_ahead(model) -> bool:
     return any(
         m.routed and m.router.granularity == "sequence" and m.router.pool == "official_mean" for m in mixtures
     )
+
+
+def splits(cache: Any) -> bool:
+    """True for a cache that holds nothing but keys and values by row and place: its rows can be taken apart,
+    and several tokens at once go on from it. Layers with a state of their own (Mamba, short convolutions,
+    gated delta nets, compressed keys) can do neither, or not rightly."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)
+
+
+def _cache(model, question: Question, pad: int) -> Any:
+    """The cache of a prompt of one token: of what kind they are."""
+    batch = batches.collate_prompts([question.prompt[:1]], [question.skill], pad)
+    return model(**batches.inputs(model, batch), logits_to_keep=1, use_cache=True).past_key_values
 
 
 def _by_rows(questions: list[Question], size: int) -> Iterator[list[Question]]:

@@ -32,9 +32,11 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
+from moabench.benchmarks import tasks
+from moabench.benchmarks.tasks.rows import is_instruction
 from moabench.methods.spec import ConfigError, nearest
 
 MODES = ("drop", "refuse", "mark")
@@ -278,8 +280,9 @@ def _near(one: _Row, other: _Row) -> bool:
 class _Row:
     """A row in the forms in which rows are compared."""
 
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        self.free = "answer" in row
+    def __init__(self, row: Mapping[str, Any], free: bool) -> None:
+        """free: its answer is not among choices."""
+        self.free = free
         self._context, self._question = words(row.get("context") or ""), words(row["question"])
         raw = () if self.free else row["choices"]
         self._choices = [words(choice) for choice in raw]
@@ -312,7 +315,7 @@ class _Evaluation:
     def __init__(self, rows: Sequence[Mapping[str, Any]], near: bool) -> None:
         self.near = near
         self.tasks = [_task(row) for row in rows]
-        self.rows = [_Row(row) for row in rows]
+        self.rows = [_Row(row, _is_free(row["task"])) for row in rows]
         self.questions: dict[str, list[int]] = defaultdict(list)
         self.masked: dict[str, list[int]] = defaultdict(list)
         for number, row in enumerate(self.rows):
@@ -338,7 +341,9 @@ class _Evaluation:
 
     def matches(self, row: Mapping[str, Any]) -> Iterator[tuple[int, str, float]]:
         """(number of the evaluation row, kind, similarity) of everything that `row` repeats."""
-        return self._instruction(row) if "instruction" in row else self._fields(_Row(row))
+        if is_instruction(row):
+            return self._instruction(row)
+        return self._fields(_Row(row, _is_free(row["task"])))
 
     def _fields(self, row: _Row) -> Iterator[tuple[int, str, float]]:
         done = set(self.questions.get(row.key, ()))
@@ -358,10 +363,10 @@ class _Evaluation:
     def _numbers(self, row: _Row, done: set[int]) -> Iterator[tuple[int, str, float]]:
         """The first row of each task whose question differs in its numbers only, unless the task has a
         stronger match."""
-        tasks = {self.tasks[number] for number in done}
+        met = {self.tasks[number] for number in done}
         for number in self.masked.get(row.masked, ()):
-            if self.tasks[number] not in tasks:
-                tasks.add(self.tasks[number])
+            if self.tasks[number] not in met:
+                met.add(self.tasks[number])
                 yield number, "numbers", _jaccard(row, self.rows[number])
 
     def _instruction(self, row: Mapping[str, Any]) -> Iterator[tuple[int, str, float]]:
@@ -390,10 +395,16 @@ class _Evaluation:
                 ):
                     done.add(number)
                     yield number, "near", similarity
-        yield from self._numbers(_Row({"question": row["instruction"], "answer": ""}), done)
+        yield from self._numbers(_Row({"question": row["instruction"]}, free=True), done)
 
     def _candidates(self, shingles: set[tuple[str, ...]]) -> set[int]:
         return {number for shingle in shingles for number in self.rare.get(shingle, ())}
+
+
+@lru_cache
+def _is_free(task: str) -> bool:
+    """Whether the answers of a task (or local set) are compared with no choices."""
+    return tasks.get(tasks.SETS.get(task, task)).kind != "choices"
 
 
 def _contained(row: _Row, shingles: set[tuple[str, ...]]) -> float:
@@ -416,7 +427,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _task(row: Mapping[str, Any]) -> str:
-    return row.get("task") or row.get("mix") or "instructions"
+    return row["task"] or row.get("mix") or "instructions"
 
 
 def _short(row: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ is found without it."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from moabench.benchmarks.data import mixes
 from moabench.benchmarks.evaluation import forgetting
 from moabench.benchmarks.fairness import leakage
 from moabench.benchmarks.machine import files, processes
-from moabench.benchmarks.tasks.rows import Reader, is_held_out
+from moabench.benchmarks.tasks.rows import Reader, is_held_out, is_instruction
 from moabench.methods.catalog import Method
 from moabench.methods.spec import ConfigError
 
@@ -77,25 +78,32 @@ class Prepared:
         return {"model": self.weights.digest} | found
 
     def _evaluation(self) -> dict[str, str]:
-        """By task: SHA-256 (16 hex digits) of its protocol's version and of the rows it reports; for the hub,
-        of the pinned revision."""
+        """By task: SHA-256 (16 hex digits) of its protocol's version and of the rows it reports; of its
+        commit, where it is pinned to one of the hub."""
         found = {}
         for name in self.cfg.task.eval:
-            hub = self.cfg.data.source == "hub"
-            content = self._pinned(name) if hub else self.reader.reported(name)
+            content = self._commit(name) or self.reader.reported(name)
             found[name] = digest([tasks.get(name).facts["version"], content])[:16]
         return found
 
     def _training(self) -> str:
-        """SHA-256 (16 hex digits) of the rows trained on, before any is dropped as leaked; for the hub, of
-        the pinned revisions."""
-        if self.cfg.data.source == "hub":
-            parts = self.cfg.mix.parts or dict.fromkeys(self.cfg.task.eval)
-            return digest([self._pinned(name) for name in parts])[:16]
+        """SHA-256 (16 hex digits) of the rows trained on, before any is dropped as leaked; of their commits,
+        where all are pinned to some of the hub."""
+        cfg = self.cfg
+        commits = [self._commit(name) for name in cfg.mix.parts or cfg.task.eval]
+        evaluated = [self._commit(name) for name in cfg.task.eval]
+        hub = cfg.mix.hub and cfg.mix.hub.revision  # a commit of it is in the config, which is hashed too
+        if cfg.mix.file is None and all((*commits, *evaluated)) and (not hub or _is_commit(hub)):
+            return digest(commits)[:16]
         return digest(self.mixed[0])[:16]
 
-    def _pinned(self, task: str) -> Any:
-        return [tasks.get(task).facts.get("hub"), self.cfg.data.revisions.get(task)]
+    def _commit(self, task: str) -> Any:
+        """The public data set of a task at its commit; None for rows from elsewhere, and for a revision that
+        moves, such as a branch."""
+        if self.cfg.data.source != "hub":
+            return None
+        hub, own = tasks.get(tasks.SETS.get(task, task)).facts.get("hub"), self.cfg.data.revisions.get(task)
+        return [hub, own] if hub and _is_commit(own or hub["revision"]) else None
 
     @cached_property
     def mixed(self) -> tuple[list[Row], dict[str, Any]]:
@@ -108,7 +116,7 @@ class Prepared:
         """The rows to train on; `data.json` and `leakage.json` of the folder `path` say how they were made
         and which of them are evaluated too. Raises ConfigError with leakage=refuse."""
         cfg, (rows, record) = self.cfg, self.mixed
-        for name in dict.fromkeys(row["task"] for row in rows if "instruction" not in row):
+        for name in dict.fromkeys(row["task"] for row in rows if not is_instruction(row)):
             if reason := tasks.get(name).unavailable(cfg.data.source, cfg.protocol):
                 raise ConfigError(
                     f"mix={cfg.mix.name} trains on {name} with data.source={cfg.data.source}, "
@@ -116,6 +124,11 @@ class Prepared:
                 )
         if cfg.data.held_out:
             rows = [row for row in rows if not is_held_out(row)]
+            if not rows:
+                raise ConfigError(
+                    "data.held_out=True (as in trials of train.lr_grid): no training row is left; expected "
+                    "more rows."
+                )
         evaluated = [row for task in cfg.task.eval for row in self.reader.reported(task)]
         # The built-in world is made of templates, where two facts differ in a word or two: nearness means
         # nothing there.
@@ -138,6 +151,8 @@ class Prepared:
         if record["without_train_split"]:
             without = ", ".join(record["without_train_split"])
             yield f"no train split with data.source={cfg.data.source}, so not trained on: {without}"
+        if empty := record.get("instructions", {}).get("empty"):
+            yield f"mix={cfg.mix.name}: {empty:,} rows without an instruction or an output, left out"
         for difference in record.get("instructions", {}).get("differs", []):
             yield f"mix={cfg.mix.name}: {difference}"
         if report.leaked:
@@ -160,3 +175,7 @@ class Prepared:
                 about["max_new_tokens"] = task.tokens(self.cfg.data.source)
             found[tasks.title(name, self.cfg.data.title, form.protocol)] = form.names | about
         return found
+
+
+def _is_commit(revision: str | None) -> bool:
+    return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None

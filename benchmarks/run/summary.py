@@ -38,6 +38,14 @@ LEAKAGE = {"rows": "{:,.0f} training rows are evaluated too", "dropped": "{:,.0f
 """The line on training rows that are evaluated too, where there are any."""
 
 
+CUT = {
+    "train/cut_examples": "{:,.0f} training texts lost their beginning (train.max_length)",
+    "train/left_out": "{:,.0f} of them left out, with nothing of the question beside the answer",
+    "eval/cut_requests": "{:,.0f} evaluated prompts lost their beginning (longer than the model reads)",
+}
+"""The line on texts that are longer than what is read, where there are any."""
+
+
 def show(folder: Path, found: bool = False) -> None:
     """Print the summary of a finished run; `found` says that it had been done before."""
     metrics = files.read_json(folder / "metrics.json") or {}
@@ -148,11 +156,17 @@ def _facts(metrics: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
         "collapse": alike,
         "forgetting": forgotten,
         "leakage": leaked,
+        "cut": [cut(metrics)],
     }
     lines["folder"] = [str(folder)]
     joined = {name: ", ".join(filter(None, texts)) for name, texts in lines.items()}
     return [(name, text) for name, text in joined.items() if text]
 
 
-def _figure(metrics: dict[str, Any], key: str, form: str, factor: float = 1.0) -> str:
+def cut(metrics: Mapping[str, Any]) -> str:
+    """What was not read whole, in words; empty where there is none."""
+    return ", ".join(_figure(metrics, key, form) for key, form in CUT.items() if (metrics.get(key) or 0) > 0)
+
+
+def _figure(metrics: Mapping[str, Any], key: str, form: str, factor: float = 1.0) -> str:
     return form.format(metrics[key] * factor) if metrics.get(key) is not None else ""

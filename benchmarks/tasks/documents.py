@@ -3,21 +3,26 @@ caches of lm-eval's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
-
 from moabench.benchmarks import tasks
+from moabench.benchmarks.tasks import rows as data
 
-from . import rows as data
+
+class Documents(list):
+    """Rows as lm-eval wants documents: it looks names of keys up in `features`. A `datasets.Dataset` has the
+    keys of its first row alone, in every row."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
+        super().__init__(rows)
+        self.features = {key: None for row in self for key in row}
 
 
-def load(
-    config_source: str, source: str = "builtin", seed: int = 0, **options: Any
-) -> dict[str, datasets.Dataset]:
-    """{split: Dataset} with the split that the task reports.
+def load(config_source: str, source: str = "builtin", seed: int = 0, **options: Any) -> dict[str, Documents]:
+    """{split: rows} with the split that the task reports.
 
     lm-eval passes a task's metadata: `config_source` is the path of its YAML; `options` may hold root,
     eval_limit and revisions of the config group `data`.
@@ -27,7 +32,7 @@ def load(
     rows = data.load_rows(
         task.name, task.split, SimpleNamespace(source=source, seed=seed, **{"root": None, **known})
     )
-    return {task.split: datasets.Dataset.from_list(rows)}
+    return {task.split: Documents(rows)}
 
 
 def prompt(row: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 Row = dict[str, Any]
@@ -162,8 +163,13 @@ def _index(given: str, names: Any, key: str) -> int:
 
 
 def _number(given: Any) -> str:
-    """ " 1,234.0" as "1234"; what is no number stays, and the row check names it."""
-    return re.sub(r"\.0+$", "", str(given).strip().replace(",", ""))
+    """ " 1,234.0", "+.5" and "1e3" as "1234", "0.5" and "1000": digits, as a response says them. What is no
+    number stays, and the row check names it."""
+    text = str(given).strip().replace(",", "")
+    if not re.fullmatch(r"(?a:[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?)", text, re.IGNORECASE):
+        return text
+    plain = format(Decimal(text), "f")
+    return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
 
 def _untagged(text: str) -> str:

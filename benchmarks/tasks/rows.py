@@ -17,16 +17,17 @@ is one ConfigError that names the key, or the file and line, and what was expect
 from __future__ import annotations
 
 import hashlib
-import json
-import math
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from moabench.benchmarks import tasks
 from moabench.methods.spec import ConfigError, nearest
 
+from . import extraction
 from .extraction import VOCABULARY
 from .hub import READERS
+from .objects import objects
 
 SPLITS = ("train", "validation", "test")
 
@@ -74,7 +75,20 @@ class Reader:
                 f"data.held_out=True: task {task} with data.source={self.data.source} has no train split to "
                 "hold rows out of."
             )
-        return [row for row in self.rows(task, "train") if is_held_out(row)][: self.data.eval_limit]
+        rows = self.rows(task, "train")
+        found = [row for row in rows if is_held_out(row)]
+        if not found:
+            raise ConfigError(
+                f"data.held_out=True (as in trials of train.lr_grid): none of the {len(rows)} training rows "
+                f"of {task} is in the tenth that is held out; expected more rows."
+            )
+        return found[: self.data.eval_limit]
+
+
+def is_instruction(row: dict[str, Any]) -> bool:
+    """True for a row of an instruction file (data/mixes.py), which is of no task. `task` comes from where a
+    row was read; what other keys it has says nothing."""
+    return not row["task"]
 
 
 def is_held_out(row: dict[str, Any]) -> bool:
@@ -128,18 +142,18 @@ def _builtin(task: tasks.Task, _: str, split: str, data: Any, limit: int | None)
 
 def _local(task: tasks.Task, name: str, split: str, data: Any, limit: int | None) -> list[dict[str, Any]]:
     path = _local_file(task, name, split, data.root)
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if limit is not None and len(rows) == limit:
-                    break
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    row = {"id": f"{name}-{split}-{number - 1}"} | _parsed(line, path, number)
-                    rows.append(_checked(row, task, where, free=name == "asdiv"))
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}, after line {len(rows)}: not UTF-8 text ({error.reason}).") from None
+    rows, lines = [], {}
+    for line, item in islice(objects(path.read_bytes(), path), limit):
+        where = f"{path}, line {line}"
+        row = _checked(item, task, where, f"{name}-{split}-{len(rows)}", free=name == "asdiv")
+        # Rows are held out, and paired between runs, by their ids.
+        if row["id"] in lines:
+            raise ConfigError(
+                f"{where}: id={row['id']!r}: line {lines[row['id']]} has it too; expected an id of its own, "
+                "or none."
+            )
+        lines[row["id"]] = line
+        rows.append(row)
     return rows
 
 
@@ -173,26 +187,24 @@ def _local_file(task: tasks.Task, name: str, split: str, root: str | None) -> Pa
     return path
 
 
-def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from None
-    if not isinstance(row, dict):
-        raise ConfigError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
-    return row
-
-
-def _checked(row: dict[str, Any], task: tasks.Task, where: str, free: bool = False) -> dict[str, Any]:
-    """`row` as the task needs it; ConfigError with `where`, the key and the reason otherwise. `free`: an
-    answer may be any text."""
-    row = {**row, "id": str(row["id"])}
+def _checked(
+    row: dict[str, Any], task: tasks.Task, where: str, default_id: str = "", free: bool = False
+) -> dict[str, Any]:
+    """`row` as the task needs it; ConfigError with `where`, the key and the reason otherwise. default_id: of
+    a row that brings none; free: an answer may be any text."""
+    given = row.get("id")
+    if given is not None and (not isinstance(given, str | int) or isinstance(given, bool)):
+        raise ConfigError(f"{where}: id={_shown(given)}: expected text or a whole number.")
+    row = {**row, "id": default_id if given is None else str(given)}
     for key in ("question", "context", "solution", "equation"):
         _typed(row, key, str, where, needed=key == "question")
+    for key in ("answer", "skill", "domain"):  # columns of the tables of a run
+        if row.get(key) is not None:
+            _typed(row, key, str, where)
     if not row["question"].strip():
         raise ConfigError(f"{where}: question={row['question']!r}: expected text.")
     if task.facts.get("blank") and "_" not in row["question"]:
-        raise ConfigError(f"{where}: question={row['question']!r}: expected a blank '_' in it.")
+        raise ConfigError(f"{where}: question={_shown(row['question'])}: expected a blank '_' in it.")
     if task.kind != "number" or "choices" in row or "label" in row:
         _check_choices(row, task, where)
     if task.kind != "choices":
@@ -200,12 +212,18 @@ def _checked(row: dict[str, Any], task: tasks.Task, where: str, free: bool = Fal
     return row
 
 
+def _shown(value: Any) -> str:
+    """A value in an error, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 def _typed(row: dict[str, Any], key: str, kind: type, where: str, needed: bool = True) -> None:
     if key not in row:
         if needed:
             raise ConfigError(f"{where}: key '{key}' is missing.{nearest(key, row)}")
     elif not isinstance(row[key], kind) or isinstance(row[key], bool):
-        raise ConfigError(f"{where}: {key}={row[key]!r}: expected {_KINDS[kind]}.")
+        raise ConfigError(f"{where}: {key}={_shown(row[key])}: expected {_KINDS[kind]}.")
 
 
 def _check_choices(row: dict[str, Any], task: tasks.Task, where: str) -> None:
@@ -237,14 +255,15 @@ def _check_answer(row: dict[str, Any], task: tasks.Task, where: str, free: bool)
                 f"{where}: answer={row['answer']!r}: expected {right!r}, the letter of label {row['label']}."
             )
     elif not (_is_number(row["answer"]) or (free and row["answer"].strip())):
-        raise ConfigError(f"{where}: answer={row['answer']!r}: expected a number, such as '-3' or '1250.5'.")
+        raise ConfigError(
+            f"{where}: answer={_shown(row['answer'])}: expected a number in digits, such as '-3' or '1250.5'."
+        )
 
 
 def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text)) and "_" not in text
-    except ValueError:
-        return False
+    """Whether a response that says `text` is found right, as the papers read it and strictly."""
+    found = extraction.number(f"The answer is {text}.")
+    return found.strict == text and extraction.same_number(found.paper, text)
 
 
 _KINDS = {str: "text", list: "a list of texts", int: "a whole number"}
@@ -301,7 +320,7 @@ def _from_hub(row: dict[str, Any], task: tasks.Task, where: str, default_id: str
         raise ConfigError(f"{where}: no column {error}; the columns are {', '.join(row)}.") from None
     except ValueError as error:
         raise ConfigError(f"{where}: {error}.") from None
-    return _checked({"id": default_id} | ours, task, where)
+    return _checked(ours, task, where, default_id)
 
 
 _SOURCES = {"builtin": _builtin, "local": _local, "hub": _hub}

@@ -103,7 +103,7 @@ def joined(results: Sequence[tuple[str, TrainResult]]) -> TrainResult:
     """One result of several trainings: seconds, tokens and steps add up, steps of the history go on; all else
     is the last training's. Seconds of each are told too."""
     last = results[-1][1]
-    summed = ("train/seconds", "train/tokens", "train/steps", "train/cut_examples")
+    summed = ("train/seconds", "train/tokens", "train/steps", "train/cut_examples", "train/left_out")
     metrics = dict(last.metrics) | {key: sum(r.metrics[key] for _, r in results) for key in summed}
     metrics["train/tokens_per_second"] = metrics["train/tokens"] / metrics["train/seconds"]
     metrics["memory/peak_bytes"] = max(r.metrics["memory/peak_bytes"] for _, r in results)

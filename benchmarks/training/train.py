@@ -19,10 +19,11 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
 from moabench.benchmarks import tasks
-from moabench.benchmarks.data import batches, cache, mixes
+from moabench.benchmarks.data import batches, cache, cuts, mixes
 from moabench.benchmarks.data.batches import Example
 from moabench.benchmarks.machine import processes
 from moabench.benchmarks.observing import load_measures
+from moabench.benchmarks.tasks.rows import is_instruction
 from moabench.methods.spec import ConfigError
 
 from .trainer import MixtureTrainer
@@ -70,7 +71,8 @@ def train(
     """
     if not any(p.requires_grad for p in model.parameters()):
         return TrainResult({}, [], [])
-    examples, cut = encode_rows(tokenizer, rows, cfg, skills, key)
+    examples, cut = encode_rows(tokenizer, rows, cfg, skills, key, batches.positions(model))
+    batches.check_ids(model, examples)
     folder = Path(run_dir) / "checkpoints"
     steps = _steps(cfg, len(examples), length, share)
     args = _arguments(model, cfg, steps, folder)
@@ -96,7 +98,7 @@ def train(
         for row in trainer.state.log_history
         if "loss/total" in row
     ]
-    metrics = _summary(history, trainer.tally) | peak | {"train/steps": steps, "train/cut_examples": cut}
+    metrics = _summary(history, trainer.tally) | peak | {"train/steps": steps} | cut
     metrics |= {
         "train/batch_size": cfg.train.batch_size,
         "train/accumulation": cfg.train.accumulation,
@@ -107,28 +109,45 @@ def train(
 
 
 def encode_rows(
-    tokenizer, rows: list[dict], cfg: RunConfig, skills: Sequence[str] = (), key: str = "skill"
-) -> tuple[list[Example], int]:
-    """Rows as prompt, right answer and end token, at most `train.max_length` tokens; and how many had to be
-    cut for that."""
+    tokenizer,
+    rows: list[dict],
+    cfg: RunConfig,
+    skills: Sequence[str] = (),
+    key: str = "skill",
+    positions: int | None = None,
+) -> tuple[list[Example], dict[str, int]]:
+    """Rows as prompt, right answer and end token, at most `train.max_length` tokens, and no more than the
+    `positions` of the model; and as metrics how many were longer, and how many of those are left out because
+    their answer leaves nothing of the question. Raises ConfigError for more than `data.allow_cut`."""
     if not rows:
         raise ConfigError("training rows: none, expected at least one.")
     pairs = [_texts(row, cfg.protocol) for row in rows]
     whole = cache.encoded(
         Path(cfg.runs_dir).expanduser() / ".cache", tokenizer, pairs, eos=True, encode=batches.encode
     )
+    length = min(cfg.train.max_length, positions or cfg.train.max_length)
+    cut = sum(len(e.ids) > length for e in whole)
+    longest = max(len(e.ids) for e in whole)
+    remedy = f"train.max_length={longest}" if longest <= (positions or longest) else "a model that reads more"
+    cuts.check_share(cut, len(rows), cfg.data.allow_cut, "training texts", length, remedy)
     number = {name: i for i, name in enumerate(skills)}
-    examples = [
-        replace(e.last(cfg.train.max_length), skill=number.get(row.get(key), -1))
-        for e, row in zip(whole, rows, strict=True)
-    ]
-    return examples, sum(len(e.ids) > cfg.train.max_length for e in whole)
+    examples = []
+    for e, row, (prompt, _) in zip(whole, rows, pairs, strict=True):
+        last = replace(e.last(length), skill=number.get(row.get(key), -1))
+        if len(e.ids) <= length or not cuts.question_is_lost(tokenizer, row, prompt, last):
+            examples.append(last)
+    if not examples:
+        raise ConfigError(
+            f"train.max_length={cfg.train.max_length}: nothing of any question is left beside its answer in "
+            f"{length} tokens; expected {longest}."
+        )
+    return examples, {"train/cut_examples": cut, "train/left_out": len(rows) - len(examples)}
 
 
 def _texts(row: dict, protocol: str) -> tuple[str, str]:
     """(prompt, answer) of a row in the form in which its task is evaluated; an instruction row brings its own
     text."""
-    if "instruction" in row:
+    if is_instruction(row):
         return mixes.pair(row)
     form = tasks.get(row["task"], "mix.parts").form(protocol)
     return form.prompt(row), form.answer(row)

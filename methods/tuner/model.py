@@ -182,6 +182,10 @@ class MixtureModel(BaseTuner):
             )
         else:
             mask = None
+        if given.get("attention_mask") is None and any(
+            r.reads_prompt or r.granularity == "sequence" for r in self._routers()
+        ):
+            refuse_packed(given.get("position_ids"))
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         labels = given.get("labels")
         if prompt is None and labels is not None:
@@ -244,6 +248,16 @@ class MixtureModel(BaseTuner):
     def sites(self) -> list[Site]:
         """Routers and banks of the active adapter, place by place, with their tensors."""
         return [site for layer in self.mixture_layers() for site in layer_sites(layer)]
+
+
+def refuse_packed(positions: Tensor | None) -> None:
+    """ConfigError for position_ids [B, L] that restart within a row. Without a mask transformers reads such a
+    row as several sequences, and a decision once a sequence would be one for all of them."""
+    if positions is not None and positions.dim() == 2 and bool((positions.diff(dim=-1) != 1).any()):
+        raise ConfigError(
+            "position_ids: they restart within a row, which packs several sequences into it; expected one "
+            "sequence a row (padded, with an attention_mask) where a router decides once a sequence."
+        )
 
 
 def checked_skills(ids: Tensor, count: int) -> Tensor:

@@ -102,6 +102,20 @@ def test_one_seed_is_no_ranking(tmp_path):
     assert "Nothing is shown about lora" in words and "better" not in words
 
 
+def test_what_was_cut_is_said_of_its_entry(tmp_path):
+    write_run(tmp_path, "lora")
+    path = write_run(tmp_path, "molora")
+    (problem,) = problems(load(tmp_path))
+    assert "read whole" not in " ".join(summary(problem, problem.pairs()))
+    metrics = files.read_json(path / "metrics.json") | {"train/cut_examples": 12, "eval/cut_requests": 0}
+    files.write_json(path / "metrics.json", metrics)
+    (problem,) = problems(load(tmp_path))
+    words = " ".join(summary(problem, problem.pairs()))
+    assert (
+        "Not all was read whole: molora (12 training texts lost their beginning (train.max_length))" in words
+    )
+
+
 def test_text_of_runs_is_escaped(tmp_path):
     write_run(tmp_path, "lora")
     write_run(tmp_path, "molora", state="failed", reason="RunError: <script>alert(1)</script>")

@@ -60,7 +60,7 @@ def config(questions):
             method=catalog.raw(method),
             model=ModelConfig("tiny", kind="builtin"),
             task=TaskConfig.of("arc"),
-            data=DataConfig("local", root=str(questions)),
+            data=DataConfig("local", root=str(questions), allow_cut=1.0),
             train=TrainConfig(**(options | train)),
             device="cpu",
         )

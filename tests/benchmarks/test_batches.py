@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from moabench.benchmarks import tasks
@@ -17,6 +17,7 @@ from moabench.benchmarks.config.sections import DataConfig
 from moabench.benchmarks.data import batches
 from moabench.benchmarks.data.batches import Example
 from moabench.benchmarks.tasks.rows import load_rows
+from moabench.methods.spec import ConfigError
 
 TEXT = [
     "Below is an instruction that describes a task. Write a response. \n\n                ### "
@@ -119,6 +120,41 @@ def test_every_task_trains_on_what_generation_sees(protocol, any_tokenizer):
             assert example.ids[: example.start] == given.ids, name
             if not prompt[-1].isspace():
                 assert given.ids == any_tokenizer(prompt)["input_ids"], name
+
+
+def ending(tokenizer, template):
+    """A tokenizer that puts its own tokens around a text, as `template` says."""
+    end = tokenizer.eos_token
+    ids = [(end, tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template.replace("E", end), special_tokens=ids
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", ["$A E", "E $A E", "E $A", "$A E E"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_an_end_that_the_tokenizer_appends_ends_no_prompt_and_is_trained_once(prompt, template):
+    """What it puts before a text stays."""
+    plain, given = byte_level(), ending(byte_level(), template)
+    before = [plain.eos_token_id] * template.startswith("E")
+    gap = "" if prompt[-1].isspace() else " "
+    pairs = [(prompt, gap + answer) for answer in ANSWERS]
+    for eos in (True, False):
+        want = batches.encode(plain, pairs, eos=eos)
+        assert batches.encode(given, pairs, eos=eos) == [
+            Example([*before, *e.ids], e.start + len(before)) for e in want
+        ]
+    (want,) = batches.encode_prompts(plain, [prompt])
+    assert batches.encode_prompts(given, [prompt])[0].ids == [*before, *want.ids]
+
+
+def test_a_tokenizer_without_an_end_token_trains_nothing():
+    tokenizer = byte_level()
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="has no end token"):
+        batches.encode(tokenizer, [("a", " b")], eos=True)
+    assert batches.encode(tokenizer, [("a", " b")])[0].ids == tokenizer("a b")["input_ids"]
 
 
 def test_line_ends_stay_with_the_prompt():

@@ -11,6 +11,7 @@ import pytest
 
 from moabench.benchmarks import tasks
 from moabench.benchmarks.config.sections import DataConfig
+from moabench.benchmarks.tasks import hub
 from moabench.benchmarks.tasks import rows as data
 from moabench.methods.spec import ConfigError
 
@@ -111,6 +112,12 @@ BROKEN = {
     "empty choice": ({**ROW, "choices": ["one", " "]}, "two or more non-empty"),
     "choices as text": ({**ROW, "choices": "one two"}, "expected a list of texts"),
     "empty question": ({**ROW, "question": " "}, "expected text"),
+    "skill as a number": ({**ROW, "id": "b", "skill": 3}, "skill=3: expected text"),
+    "domain as an object": ({**ROW, "id": "b", "domain": {"a": 1}}, "domain={'a': 1}: expected text"),
+    "answer as a number": ({**ROW, "id": "b", "answer": 1}, "answer=1: expected text"),
+    "id as a list": ({**ROW, "id": ["b"]}, "id=['b']: expected text or a whole number"),
+    "id as a bool": ({**ROW, "id": True}, "id=True: expected text or a whole number"),
+    "id twice": (ROW, "id='a': line 1 has it too"),
 }
 
 
@@ -167,6 +174,61 @@ def test_a_row_is_checked_by_the_kind_of_its_task(tmp_path, case):
         data.load_rows(task, "test", config)
     assert str(tmp_path / task / "test.jsonl") + ", line 2:" in str(error.value)
     assert reason in str(error.value)
+
+
+def test_keys_of_tables_may_be_missing_or_null(tmp_path):
+    nothing = dict.fromkeys(("id", "skill", "domain", "answer"))
+    config = write(tmp_path, ROW, {**ROW, **nothing}, {**ROW, "id": 7, "skill": "s", "domain": "d"})
+    assert [row["id"] for row in data.load_rows("arc_easy", "train", config)] == [
+        "a", "arc_easy-train-1", "7"
+    ]  # fmt: skip
+
+
+GOLD = ["7", "-3", "1250.5", "0.5", "007", "1000000"]
+UNSAID = [
+    ".5",
+    "1e3",
+    "+5",
+    "5.",
+    " 7 ",
+    "7\n",
+    "\u0663",
+    "\uff17",
+    "1_0",
+    "nan",
+    "9" * 400,
+    "1,000",
+    "\u22127",
+]
+"""Numbers for Python that a response cannot say, or is not found right for saying."""
+
+
+@pytest.mark.parametrize("answer", [*GOLD, *UNSAID])
+def test_a_gold_answer_is_right_for_its_own_text(tmp_path, answer):
+    config = write(tmp_path, {**NUMBER, "answer": answer}, split="test", task="gsm8k")
+    if answer in UNSAID:
+        with pytest.raises(ConfigError, match=r"test.jsonl, line 1: answer=.*expected a number in digits"):
+            data.load_rows("gsm8k", "test", config)
+        return
+    row, form = data.load_rows("gsm8k", "test", config)[0], tasks.get("gsm8k").form()
+    found = form.extract(form.answer(row), row)
+    assert form.correct(found.paper, row) and form.correct(found.strict, row)
+
+
+def test_numbers_of_public_sets_are_written_in_digits():
+    given = {
+        " 1,234.0": "1234", ".5": "0.5", "+5": "5", "5.": "5", "1e3": "1000", "2.50": "2.5", 3.0: "3",
+        "-.25": "-0.25", "100": "100", "1E-3": "0.001", "1e999999": "1e999999", "no": "no", "nan": "nan",
+    }  # fmt: skip
+    assert {key: hub._number(key) for key in given} == given
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_too_few_rows_to_hold_some_out_are_refused(tmp_path, rows):
+    write(tmp_path, *[{**ROW, "id": str(i)} for i in range(rows)])
+    assert not any(data.is_held_out({"task": "arc_easy", "id": str(i)}) for i in range(rows))
+    with pytest.raises(ConfigError, match=rf"held_out=True.*lr_grid.*none of the {rows} training rows"):
+        data.Reader(local(tmp_path, held_out=True)).reported("arc_easy")
 
 
 def test_sets_that_are_no_task_take_the_form_of_one(tmp_path):

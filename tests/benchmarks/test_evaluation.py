@@ -16,8 +16,8 @@ from lm_eval.models.huggingface import HFLM
 from moabench.benchmarks import tasks
 from moabench.benchmarks.config.sections import DataConfig
 from moabench.benchmarks.data import batches
-from moabench.benchmarks.evaluation import scoring
-from moabench.benchmarks.evaluation.evaluate import MaskedLM, evaluate, load_tasks
+from moabench.benchmarks.evaluation import forgetting, scoring
+from moabench.benchmarks.evaluation.evaluate import FormTask, MaskedLM, evaluate, load_tasks
 from moabench.benchmarks.machine import files
 from moabench.benchmarks.tasks.rows import Reader, load_rows
 from moabench.methods import capture_routing, catalog
@@ -125,7 +125,7 @@ def test_sharing_reads_each_prompt_once(llama, monkeypatch):
         llama, [batches.Example(prompt + answer, 40) for answer in ([50, 51, 52], [60, 61, 62], [70])], 2, 8
     )
     hook.remove()
-    assert seen == [(1, 40), (2, 2)]
+    assert seen == [(1, 1), (1, 40), (2, 2)], "a look at the cache, the prompt, the answers"
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,77 @@ def test_a_prompt_longer_than_the_model_reads_loses_its_beginning_and_is_counted
     assert lm.cut == 1
 
 
+def asked_of(protocol, row):
+    """The requests of one row of arc_easy."""
+    task = FormTask(tasks.get("arc_easy").form(protocol), [row], 40)
+    task.set_config("num_fewshot", 0)
+    task.build_all_requests(rank=0, world_size=1)
+    return task.instances
+
+
+PLAIN = {"id": "p", "task": "arc_easy", "question": "Why so?", "choices": ["red", "blue"], "label": 0}
+WIDE = {**PLAIN, "id": "w", "choices": ["red " * 99, "blue " * 99]}
+LOST = {  # nothing of the question is left: what comes after it in the prompt, or the answer, fills all
+    "loglikelihood": {**PLAIN, "id": "l", "choices": ["red " * 99, "blue " * 99]},
+    "generate": WIDE,
+    "label": WIDE,
+}
+
+
+@pytest.mark.parametrize("protocol", LOST)
+def test_a_question_of_which_nothing_is_left_is_refused(protocol, llama, tokenizer):
+    lm = MaskedLM(llama, tokenizer, 2, False)
+    ask = lm.generate_until if protocol == "generate" else lm.loglikelihood
+    with pytest.raises(
+        ConfigError, match=r"task arc_easy, row \w: nothing of the question is left in the 256"
+    ):
+        ask([*asked_of(protocol, PLAIN), *asked_of(protocol, LOST[protocol])])
+
+
+def test_answers_that_take_all_positions_leave_no_prompt(llama, tokenizer):
+    """As gsm8k with 64 positions: room for the answer alone."""
+    llama.config.max_position_embeddings = 32
+    with pytest.raises(ConfigError, match="nothing of the question is left in the 32"):
+        MaskedLM(llama, tokenizer, 2, False).generate_until(asked_of("generate", PLAIN))
+
+
+@pytest.mark.parametrize("protocol", ["loglikelihood", "generate"])
+def test_more_cut_prompts_of_a_task_than_allowed_are_an_error(protocol, llama, tokenizer):
+    """A long context goes, its question stays: allowed up to the share, counted within each task."""
+    llama.config.max_position_embeddings = 600  # the instruction alone takes more than 256
+    long = {**PLAIN, "id": "c", "context": "The red fox sleeps. " * 120}
+    asked = [request for row in (PLAIN, PLAIN, PLAIN, long) for request in asked_of(protocol, row)]
+    others = [request for _ in range(6) for request in asked_of(protocol, {**PLAIN, "task": "other"})]
+    for share in (0.25, 0.24):
+        lm = MaskedLM(llama, tokenizer, 16, False, allow_cut=share)
+        ask = lm.generate_until if protocol == "generate" else lm.loglikelihood
+        if share == 0.25:
+            assert len(ask(asked)) == len(asked) == lm.asked and lm.cut == len(asked) // 4
+        else:
+            with pytest.raises(
+                ConfigError, match=r"data.allow_cut=0.24: \d of \d prompts of arc_easy .*0.25"
+            ):
+                ask([*others, *asked])
+
+
+def test_token_ids_beyond_the_embedding_are_refused(llama, tokenizer, config):
+    """By evaluation, and by training and held-out text: each reads tokens of its own."""
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["sleeps"])
+    assert other("sleeps")["input_ids"] == [len(tokenizer)]
+    reason = f"gives token {len(tokenizer)}, and the model's embedding has {len(tokenizer)} rows"
+    with pytest.raises(ConfigError, match=reason):
+        MaskedLM(llama, other, 2, False).loglikelihood(
+            asked_of("label", {**PLAIN, "question": "Who sleeps?"})
+        )
+    with pytest.raises(ConfigError, match=reason):
+        forgetting.text_loss(llama, other, ["It sleeps."], 2)
+    with pytest.raises(ConfigError, match=reason):
+        batches.check_ids(llama, batches.encode(other, [("It", " sleeps")]))
+
+
 def test_one_token_choices_of_a_question_share_a_forward(llama, tokenizer):
     seen = []
     hook = llama.register_forward_pre_hook(
@@ -264,6 +335,7 @@ def test_metrics_are_the_means_of_the_samples_and_carry_their_source(llama, toke
     result = evaluate(llama, tokenizer, cfg.task.eval, cfg, progress=False)
     assert result.routing == []
     assert result.metrics.pop("eval/cut_requests") == 0
+    assert result.metrics.pop("eval/requests") == len(requests(cfg))
     assert set(result.metrics) == {
         f"eval/{t}@local:loglikelihood/{m}"
         for t in cfg.task.eval

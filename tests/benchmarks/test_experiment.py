@@ -273,6 +273,79 @@ def test_leaked_rows_can_stop_a_run(tmp_path, leaky):
     assert not find(tmp_path / "runs"), "nothing is left behind"
 
 
+def test_what_was_hashed_is_what_is_used(tmp_path, leaky, monkeypatch):
+    """Every file of rows and text replaced while the run goes on: the results of what was read at the
+    start."""
+    (tmp_path / "mix.json").write_text('[{"instruction": "Say so.", "output": "So."}]')
+    (tmp_path / "text.txt").write_text("The red fox sleeps.\nThe river is green.\n")
+    made = ("method=lora", "task=arc_easy", "data=local", f"data.root={leaky}", "forgetting=" + str(
+        tmp_path / "text.txt"), f"+mix.file={tmp_path / 'mix.json'}")  # fmt: skip
+    first = experiment.run(config(tmp_path / "one", *made))
+    load = stages.base.load_model
+
+    def replaced(*args, **kwargs):
+        for file in (*leaky.rglob("*.jsonl"), tmp_path / "mix.json", tmp_path / "text.txt"):
+            file.write_text("")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(stages.base, "load_model", replaced)
+    second = experiment.run(config(tmp_path / "two", *made))
+    assert second.ran and second.folder.name == first.folder.name
+    assert settled(second.metrics) == settled(first.metrics)
+
+
+def test_rows_of_the_hub_are_hashed_where_no_commit_pins_them(tmp_path, monkeypatch):
+    import datasets
+
+    read, said = [], ["one"]
+
+    def load(path, name, split, revision):
+        read.append(split)
+        row = {"question": said[0], "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+        return datasets.Dataset.from_list([{"id": "1", **row}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (tmp_path / "mix.json").write_text('{"instruction": "Say so.", "output": "So."}')
+
+    def inputs(*overrides):
+        read.clear()
+        cfg = config(tmp_path, "method=lora", "task=arc_easy", "data=hub", "forgetting=none", *overrides)
+        return Prepared(cfg).inputs
+
+    pinned = inputs()
+    assert inputs(f"+data.revisions.arc_easy={'0' * 40}") != pinned and not read
+    moving = inputs("+data.revisions.arc_easy=main")
+    assert sorted(read) == ["test", "train"]
+    mixed = inputs(f"+mix.file={tmp_path / 'mix.json'}")
+    said[0] = "two"
+    assert inputs() == pinned
+    now = inputs("+data.revisions.arc_easy=main")
+    assert now["evaluation"] != moving["evaluation"] and now["training"] != moving["training"]
+    said[0] = "one"
+    (tmp_path / "mix.json").write_text('{"instruction": "Say so.", "output": "No."}')
+    assert inputs(f"+mix.file={tmp_path / 'mix.json'}")["training"] != mixed["training"]
+
+
+def test_what_was_cut_is_said(tmp_path, leaky, capsys):
+    length = 24
+    made = ("method=lora", "task=arc_easy", "data=local", f"data.root={leaky}", f"train.max_length={length}")
+    with pytest.raises(RunError, match=r"data.allow_cut=0.1: \d+ of \d+ training texts"):
+        experiment.run(config(tmp_path, *made))
+    outcome = experiment.run(config(tmp_path, *made, "data.allow_cut=1", "quiet=false"))
+    cut = outcome.metrics["train/cut_examples"]
+    assert cut > 0 and f"cut         {cut} training texts lost their beginning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["data.held_out=true", "train.lr_grid=[1e-3,2e-3]"])
+def test_too_few_rows_to_hold_some_out_stop_a_run(tmp_path, leaky, way):
+    train = leaky / "arc_easy" / "train.jsonl"
+    train.write_text("\n".join(train.read_text().splitlines()[:2]))
+    made = ("method=lora", "task=arc_easy", "data=local", f"data.root={leaky}", way)
+    with pytest.raises(ConfigError, match="none of the 2 training rows of arc_easy is in the tenth"):
+        experiment.run(config(tmp_path / "runs", *made))
+    assert not find(tmp_path / "runs")
+
+
 def test_training_rows_that_cannot_be_put_stop_a_run(tmp_path):
     root = tmp_path / "data"
     for task, row in {

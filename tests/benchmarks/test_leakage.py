@@ -225,7 +225,7 @@ def test_no_near_duplicate_is_missed():
     texts = [" ".join(rng.choices("abcde", k=rng.randint(2, 9))) for _ in range(150)]
     rows = [choice(text, ["x", "y"], id=str(i)) for i, text in enumerate(texts)]
     train, evaluation = rows[:75], rows[75:]
-    made = [leakage._Row(row) for row in rows]
+    made = [leakage._Row(row, free=False) for row in rows]
     expected = set()
     for one in range(75):
         for other in range(75, 150):
@@ -242,6 +242,21 @@ def test_no_near_duplicate_is_missed():
 
 def instruction(text, id="i"):
     return {"id": id, "task": "", "mix": "file", "instruction": text, "input": "", "output": "whatever"}
+
+
+STRANGE = {"instruction": "Say it.", "output": "x", "input": "", "mix": "m", "answer": "red", "stem": "y"}
+"""Keys that mean something in rows of another kind."""
+
+
+@pytest.mark.parametrize("key", STRANGE)
+def test_the_kind_of_a_row_is_that_of_its_task_whatever_keys_it_has(key):
+    row, other = choice("What colour has the sky?"), choice("What colour has the sky?", ["x", "y"])
+    extra = {key: STRANGE[key]}
+    for train, evaluation in ((row | extra, row), (row, row | extra), (row | extra, row | extra)):
+        assert kinds(train, evaluation) == ["exact"]
+    assert kinds(row | extra, other) == kinds(row, other | extra) == ["question"]
+    sums = problem("What is 2 + 2 of 7?")
+    assert kinds(sums | extra | {"answer": "3"}, sums) == ["exact"]
 
 
 def test_instructions_hold_questions():

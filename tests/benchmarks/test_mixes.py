@@ -198,7 +198,7 @@ ITEMS = [
 
 
 def read(path, **options):
-    return mixes.training_rows(mix(file=str(path), **options), ["arc_easy"], BUILTIN, 0)
+    return mixes.training_rows(mix(file=str(path), **options), ["arc_easy"], Reader(BUILTIN), 0)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +237,17 @@ def test_the_published_file_is_told_from_others(tmp_path):
     ]
 
 
+def test_rows_with_nothing_to_learn_are_left_out_and_counted(tmp_path):
+    """The published math_data.json has 3 empty outputs among 3,260."""
+    path, empty = tmp_path / "some.json", {"instruction": "x", "input": "y", "output": ""}
+    path.write_text(json.dumps([ITEMS[0], empty, ITEMS[1], {**empty, "output": "z", "instruction": "\n"}]))
+    rows, record = read(path, published={"rows": 4})
+    assert [row["id"] for row in rows] == ["test-0", "test-2"]
+    found = record["instructions"]
+    assert (found["available"], found["taken"], found["empty"]) == (2, 2, 2)
+    assert found["differs"] == []
+
+
 def test_file_and_parts_add_up(tmp_path, local):
     (tmp_path / "some.json").write_text(json.dumps(ITEMS))
     both = mix(file=str(tmp_path / "some.json"), parts={"arc_easy": {"cap": 2}})
@@ -256,10 +267,7 @@ BROKEN = {
         f'[{GOOD},\n{{"instruction": "x", "ouput": "y"}}]',
         r"line 2: key 'output' is missing. Did you mean 'ouput'",
     ),
-    "empty output": (
-        f'{GOOD}\n{GOOD}\n{{"instruction": "x", "output": " "}}',
-        r"line 3: output=' ': expected text",
-    ),
+    "nothing but empty outputs": ('{"instruction": "x", "output": " "}', r"no rows"),
     "wrong type": ('{"instruction": ["x"], "output": "y"}', r"line 1: instruction=\['x'\]: expected text"),
     "input": ('{"instruction": "x", "output": "y", "input": 3}', r"line 1: input=3: expected text"),
     "empty": ("[]", r"no rows"),
@@ -281,7 +289,7 @@ def test_a_missing_file_is_named(tmp_path):
     ):
         read(tmp_path / "math_10.json")
     (tmp_path / "bytes.json").write_bytes(b'[{"\xff"}]')
-    with pytest.raises(ConfigError, match=r"bytes.json: not UTF-8"):
+    with pytest.raises(ConfigError, match=r"bytes.json, line 1: not UTF-8"):
         read(tmp_path / "bytes.json")
 
 
@@ -294,7 +302,10 @@ def test_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     rows, record = mixes.training_rows(
-        mix(hub={"path": "a/b", "revision": "abc"}), [], SimpleNamespace(source="builtin", train_limit=2), 0
+        mix(hub={"path": "a/b", "revision": "abc"}),
+        [],
+        Reader(SimpleNamespace(source="builtin", train_limit=2)),
+        0,
     )
     assert [row["output"] for row in rows] == [item["output"] for item in ITEMS[:2]]
     assert asked == [(("a/b", None), {"data_files": None, "split": "train", "revision": "abc"})]

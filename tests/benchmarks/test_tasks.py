@@ -6,6 +6,7 @@ pytest tests/benchmarks/test_tasks.py
 
 import ast
 import importlib
+import json
 from pathlib import Path
 
 import lm_eval
@@ -521,6 +522,24 @@ def test_every_file_works_in_plain_lm_eval(name, source, request):
         assert loaded.doc_to_target(doc) == form.answer(doc)
         assert loaded.process_results(doc, [form.answer(doc)])["acc_strict"] == 1
         assert loaded.config.generation_kwargs["max_gen_toks"] == form.max_new_tokens
+
+
+def test_plain_lm_eval_asks_what_the_harness_asks_whatever_the_first_row_lacks(tmp_path):
+    """Keys that only a later row has, and keys whose types differ between rows."""
+    (tmp_path / "siqa").mkdir()
+    plain = {"question": "Why?", "choices": ["p", "q", "r"], "label": 1}
+    rows = [plain, {**plain, "context": "Ann left.", "skill": "s", "note": 3}, {**plain, "note": ["x"]}]
+    (tmp_path / "siqa" / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    metadata = {"source": "local", "root": str(tmp_path)}
+    manager = TaskManager(include_path=str(tasks.FOLDER), include_defaults=False, metadata=metadata)
+    loaded = manager.load(["siqa"])["tasks"]["siqa"]
+    loaded.set_config("num_fewshot", 0)
+    loaded.build_all_requests(rank=0, world_size=1)
+    read = data.load_rows("siqa", "validation", DataConfig("local", root=str(tmp_path)))
+    assert list(loaded.eval_docs) == read
+    form = tasks.get("siqa").form()
+    assert [asked.args for asked in loaded.instances] == [pair for row in read for pair in form.requests(row)]
+    assert loaded.instances[3].args[0] == "Q: Ann left. Why?\nA:"
 
 
 def test_suites_are_groups_of_lm_eval():

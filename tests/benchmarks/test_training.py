@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from moabench.benchmarks import tasks
-from moabench.benchmarks.data import batches
+from moabench.benchmarks.data import batches, mixes
 from moabench.benchmarks.evaluation.evaluate import evaluate
 from moabench.benchmarks.tasks.rows import load_rows
 from moabench.benchmarks.training import train as training
@@ -230,7 +230,7 @@ def test_the_loss_is_that_of_the_answer_tokens_and_the_end(llama, tokenizer, con
     form = tasks.get("arc_easy").form("loglikelihood")
     assert tokenizer.decode(example.ids[example.start :]) == form.answer(row) + "</s>"
     assert tokenizer.decode(example.ids[: example.start]) == form.prompt(row)
-    assert cut == 0
+    assert cut == {"train/cut_examples": 0, "train/left_out": 0}
     batch = batches.collate([example], 2)
     labels = torch.tensor([[-100] * example.start + example.ids[example.start :]])
     assert torch.equal(batch["labels"], labels)
@@ -269,6 +269,16 @@ def test_rows_are_trained_in_the_form_in_which_they_are_evaluated(tokenizer, con
     (example,), _ = encode_rows(tokenizer, [row], replace(config(max_length=4096), protocol=protocol))
     form = tasks.get(row["task"]).form(protocol)
     assert tokenizer.decode(example.ids) == form.prompt(row) + form.answer(row) + "</s>"
+
+
+def test_a_rows_kind_is_not_read_from_the_keys_that_it_has(tokenizer, config):
+    """Keys of instruction files, other tasks and templates: the same tokens under each protocol."""
+    row = rows(config())[0]
+    strange = ("instruction", "output", "input", "mix", "answer", "stem", "options", "words", "lettered")
+    for protocol in tasks.PROTOCOLS:
+        cfg = replace(config(max_length=4096), protocol=protocol)
+        encoded, _ = encode_rows(tokenizer, [row, *({**row, key: "x"} for key in strange)], cfg)
+        assert all(example == encoded[0] for example in encoded)
 
 
 def test_padding_changes_no_loss(llama, tokenizer, config):
@@ -359,13 +369,52 @@ def test_every_row_is_seen_once_a_pass_in_batches_of_like_length():
 
 
 def test_long_prompts_lose_their_beginning_and_are_counted(tokenizer, config):
-    cfg = config(max_length=16)
+    cfg = config(max_length=40)
     examples, cut = encode_rows(tokenizer, rows(cfg), cfg)
     whole, _ = encode_rows(tokenizer, rows(cfg), config(max_length=4096))
-    assert cut == sum(len(e.ids) > 16 for e in whole) > 0
+    assert cut["train/cut_examples"] == sum(len(e.ids) > 40 for e in whole) > 0
+    assert cut["train/left_out"] == 0
     assert all(
-        e.ids == w.ids[-16:] and 1 <= e.start < len(e.ids) for e, w in zip(examples, whole, strict=True)
+        e.ids == w.ids[-40:] and 1 <= e.start < len(e.ids) for e, w in zip(examples, whole, strict=True)
     )
+    assert (examples, cut) == encode_rows(tokenizer, rows(cfg), config(max_length=4096), positions=40)
+
+
+def allowing(cfg, share):
+    return replace(cfg, data=replace(cfg.data, allow_cut=share))
+
+
+def test_more_cut_texts_than_allowed_are_an_error_that_says_what_would_do(tokenizer, config):
+    whole, _ = encode_rows(tokenizer, rows(config()), config(max_length=4096))
+    lengths = sorted(len(e.ids) for e in whole)
+    cfg = config(max_length=lengths[-5] - 1)
+    cut = sum(length > cfg.train.max_length for length in lengths)
+    share = cut / len(lengths)
+    assert encode_rows(tokenizer, rows(cfg), allowing(cfg, share))[1]["train/cut_examples"] == cut
+    with pytest.raises(
+        ConfigError, match=rf"{cut} of {len(lengths)} training.*train.max_length={lengths[-1]}"
+    ):
+        encode_rows(tokenizer, rows(cfg), allowing(cfg, share - 1e-6))
+    with pytest.raises(ConfigError, match="a model that reads more"):
+        encode_rows(tokenizer, rows(cfg), allowing(config(max_length=4096), 0), positions=16)
+
+
+def test_a_row_with_nothing_of_its_question_beside_the_answer_is_left_out(tokenizer, config):
+    """Of a task, and of an instruction file; an answer of more than all tokens, and one that just leaves the
+    end of the template."""
+    cfg = config(max_length=80)
+    task = rows(cfg)[0]
+    long = {**task, "choices": ["fox " * 90, "b", "c"], "label": 0}
+    given = {"id": "i", "task": "", "mix": "m", "instruction": "Do it.", "input": "", "output": "so"}
+    longer = {**given, "output": "so " * 16}
+    (end,) = batches.encode(tokenizer, [mixes.pair(longer)], eos=True)
+    kept = tokenizer.decode(end.last(80).prompt().ids)
+    assert "Response" in kept and "Do it." not in kept, kept
+    for good, bad in ((task, long), (given, longer)):
+        examples, cut = encode_rows(tokenizer, [good, bad], cfg)
+        assert examples == encode_rows(tokenizer, [good], cfg)[0] and cut["train/left_out"] == 1
+        with pytest.raises(ConfigError, match="nothing of any question is left"):
+            encode_rows(tokenizer, [bad], cfg)
 
 
 def test_epochs_are_whole_passes(attached, tokenizer, config, tmp_path):
