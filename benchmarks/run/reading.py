@@ -202,22 +202,20 @@ def _read_run(path: Path) -> dict[str, Any] | str:
     cannot be read."""
     file = "status.json"
     try:
-        status = read_json(path / file) or {}
-        state = runs.state_of(path)
+        status, state = runs.status_of(path), runs.state_of(path)
+        if state == "broken":
+            return status["reason"].rstrip(".")
         file = "config.yaml"
         config = _read_config((path / file).read_text(encoding="utf-8")) if (path / file).is_file() else {}
         file = "metrics.json"
         metrics = (read_json(path / file) or {}) if state == "finished" else {}
-        if state == "finished" and not metrics:
-            return f"{file}: the run says that it is finished but has none"
+        accuracy = summary.accuracy(metrics)
         file = "environment.json"
         environment = read_json(path / file) or {}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        return f"{file}: cannot be read ({type(error).__name__})"
+    except Exception as error:  # whatever a parser raises for a cut or foreign file costs this run alone
+        return f"{file}: cannot be read ({type(error.__cause__ or error).__name__})"
     row = {"run": path.name, "path": str(path), "state": state, "reason": status.get("reason")}
-    row |= (
-        _named(config) | {"accuracy": summary.accuracy(metrics)} | flat(environment, "environment") | metrics
-    )
+    row |= _named(config) | {"accuracy": accuracy} | flat(environment, "environment") | metrics
     return row | {"config": config}
 
 

@@ -97,7 +97,12 @@ def _follow(prepared: Prepared, folder: RunFolder) -> Outcome:
 
 def _announce(cfg: RunConfig, folder: RunFolder, state: State) -> None:
     if not cfg.quiet:
-        doing = {"interrupted": "resumes", "failed": "starts again (it failed before)"}.get(state, "starts")
+        again = {
+            "interrupted": "resumes",
+            "failed": "starts again (it failed before)",
+            "broken": "starts again (its folder was broken)",
+        }
+        doing = again.get(state, "starts")
         print(f"{folder.path} {doing}", file=sys.stderr, flush=True)
 
 

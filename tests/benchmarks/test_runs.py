@@ -25,7 +25,7 @@ def folder_in(path: Path) -> RunFolder:
 
 HOLDER = """
 import sys, time
-from moabench.benchmarks.runs import RunFolder
+from moabench.benchmarks.run.folder import RunFolder
 with RunFolder(sys.argv[1], "arc-lora-tiny-s0", "ab12" * 16).claim() as state:
     print(state, flush=True)
     time.sleep(600)
@@ -82,7 +82,7 @@ def test_readers_never_see_half_a_file(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from moabench.benchmarks import files
+from moabench.benchmarks.machine import files
 for i in range(10**9):
     files.write_json(Path(sys.argv[1]), {"i": i, "filling": ["x" * 100] * 2000})
 """
