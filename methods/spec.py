@@ -74,8 +74,9 @@ Share = typing.Annotated[float, Bound(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class FileName:
-    """Text that becomes part of a file's name, used as `Annotated[str, FileName()]`: it names no other folder,
-    fits into a file system's 255 bytes with what is put around it, and holds nothing that a terminal obeys."""
+    """Text that becomes part of a file's name, used as `Annotated[str, FileName()]`: it names no other
+    folder, fits into a file system's 255 bytes with what is put around it, and holds nothing that a terminal
+    obeys."""
 
     def __str__(self) -> str:
         return "that can stand in a file name: letters, digits and ._+@-, not first a dot, at most 100 bytes"

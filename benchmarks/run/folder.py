@@ -11,8 +11,8 @@ config.yaml, of which a part can be whole YAML, is compared with the digest in s
 
 The lock is a file that the owner holds by flock, which the kernel lets go when the owner dies, however it
 dies. For file systems whose flock does not reach other machines there is the owner's heartbeat, the lock
-file's mtime: a lock taken on another machine is dead when its heartbeat has stopped, which is seen by watching
-it, since two clocks need not agree.
+file's mtime: a lock taken on another machine is dead when its heartbeat has stopped, which is seen by
+watching it, since two clocks need not agree.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class RunFolder:
         finished it just now).
 
         The run of a broken folder is done from the start. Leaving normally records 'finished'; Ctrl-C and a
-        full disk 'interrupted'; an error 'failed' with its reason. A config error in a run that was new leaves
-        nothing behind. Raises Busy if another process holds the run.
+        full disk 'interrupted'; an error 'failed' with its reason. A config error in a run that was new
+        leaves nothing behind. Raises Busy if another process holds the run.
         """
         with hold(self.path) as owner:
             remove_unfinished(self.path)
@@ -286,8 +286,8 @@ def _beats(file: Path, descriptor: int) -> bool:
 
 
 def is_held(file: Path) -> bool:
-    """Whether a living process holds the lock file, as far as one look tells; `hold` looks longer at a lock of
-    another machine."""
+    """Whether a living process holds the lock file, as far as one look tells; `hold` looks longer at a lock
+    of another machine."""
     try:
         descriptor = os.open(file, os.O_RDWR)
     except OSError:
