@@ -138,10 +138,25 @@ def _describe(hint: Any) -> str:
     )
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 400 else f"{text[:400]} ..."
+
+
+def _quoted(value: Any, hint: Any) -> str:
+    """What helps where text was wanted that reads as something else, as a commit of digits does."""
+    is_text = hint is str or str in typing.get_args(hint)
+    return (
+        " Text that reads as a number needs quotes of its own: '\"...\"'."
+        if is_text and isinstance(value, int | float)
+        else ""
+    )
+
+
 def _convert(value: Any, hint: Any, path: str) -> Any:
     """`value` as the type `hint` asks for, or ConfigError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    wrong = ConfigError(f"{path}={value!r}: expected {_describe(hint)}.")
+    wrong = ConfigError(f"{path}={_short(value)}: expected {_describe(hint)}.{_quoted(value, hint)}")
     if hint is Any:
         return value
     if origin is typing.Annotated:
@@ -173,7 +188,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin in (dict, Mapping) or hint in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise wrong
-        return dict(value)
+        return {k: _convert(v, args[1], _join(path, k)) for k, v in value.items()} if args else dict(value)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, path)
     if hint is type(None):

@@ -65,4 +65,4 @@ class Goal:
             "up to 100B"
         )
         near = nearest(text, ["none", *(name + rank for name in sized() for rank in ("", "_r16"))])
-        raise ConfigError(f"size={size!r}: expected {expected}.{near if 'mean' in near else ''}")
+        raise ConfigError(f"size={text[:100]!r}: expected {expected}.{near if 'mean' in near else ''}")
