@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from moabench.benchmarks.machine.globals import MOST_THREADS
 from moabench.methods import catalog
 from moabench.methods.spec import Bound, ConfigError, Seed, build
 
@@ -54,7 +55,7 @@ class RunConfig:
     shard: bool = False
     """Split the frozen base's weights over the processes of a torchrun (FSDP):
     benchmarks/machine/processes.py."""
-    threads: Annotated[int, Bound(ge=1, le=1024)] | None = None
+    threads: Annotated[int, Bound(ge=1, le=MOST_THREADS)] | None = None
     """CPU threads of torch; null: OMP_NUM_THREADS, else every core this process may use."""
     quiet: bool = False
     traceback: bool = False

@@ -113,6 +113,9 @@ def _execute(prepared: Prepared, folder: RunFolder, solution: budget.Solution | 
         files.remove_folder(path / "checkpoints")
     files.write_yaml(path / "config.yaml", cfg.to_dict())
     device = set_globals(**cfg.globals)
+    from .fits import check as check_memory
+
+    check_memory(prepared, device)
     if not cfg.quiet:
         from moabench.kernels import backend
 
