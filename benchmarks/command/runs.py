@@ -31,7 +31,7 @@ from typing import Any
 
 from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.config.sections import LoggerConfig
-from moabench.benchmarks.machine import files
+from moabench.benchmarks.machine import environment, files
 from moabench.benchmarks.machine.terminal import shown
 from moabench.benchmarks.run import folder as runs
 from moabench.benchmarks.run import summary
@@ -207,6 +207,9 @@ def _show(given: argparse.Namespace) -> int:
         ("before", f"{entry['state']} {entry.get('ended', '')} {entry.get('reason', '')}")
         for entry in status.get("before", [])
     ]
+    described = {} if state == "broken" else files.read_json(path / "environment.json") or {}
+    if changed := environment.changed(described):
+        lines.append(("resumed", f"with other {', '.join(changed)}; environment.json has both"))
     lines += [
         (
             "command",

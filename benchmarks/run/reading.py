@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from moabench.benchmarks.machine import environment as environments
 from moabench.benchmarks.machine.files import read_json
 from moabench.methods.spec import ConfigError, nearest
 
@@ -55,6 +56,9 @@ IDENTITY = (
     "accuracy",
 )
 """First columns of `Study.runs`."""
+
+RESUMED = "environment.resumed"
+"""Column: in what the attempts of a resumed run differ; absent or null for a run of one environment."""
 
 WORKERS = 8
 
@@ -212,10 +216,13 @@ def _read_run(path: Path) -> dict[str, Any] | str:
         accuracy = summary.accuracy(metrics)
         file = "environment.json"
         environment = read_json(path / file) or {}
+        changed = environments.changed(environment)
+        environment.pop("before", None)
     except Exception as error:  # whatever a parser raises for a cut or foreign file costs this run alone
         return f"{file}: cannot be read ({type(error.__cause__ or error).__name__})"
     row = {"run": path.name, "path": str(path), "state": state, "reason": status.get("reason")}
     row |= _named(config) | {"accuracy": accuracy} | flat(environment, "environment") | metrics
+    row |= {RESUMED: ", ".join(changed)} if changed else {}
     return row | {"config": config}
 
 

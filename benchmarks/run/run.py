@@ -121,7 +121,8 @@ def _execute(prepared: Prepared, folder: RunFolder, solution: budget.Solution | 
 
         print(f"device {device}, kernels {backend.describe(device)}", file=sys.stderr)
     described = environment.describe(cfg.seed, folder.hash, prepared.inputs, device)
-    files.write_json(path / "environment.json", described)
+    earlier = files.cached(path / "environment.json") if resume else None
+    files.write_json(path / "environment.json", environment.after(earlier, described))
     if described["code"]["dirty"]:
         files.write_text(path / "code.diff", environment.code_diff())
     found = _tune(prepared, path)

@@ -14,6 +14,7 @@ from moabench.analysis.comparing import problems
 from moabench.analysis.rendering import FORMATS, Column, Table, render, text
 from moabench.analysis.statistics import Interval
 from moabench.analysis.tables import ablation, comparisons, factors, leaderboard
+from moabench.benchmarks.machine import environment, files
 from moabench.methods.spec import ConfigError
 
 
@@ -240,3 +241,27 @@ def test_nothing_finished_is_said(tmp_path, capsys):
     write_run(tmp_path, state="failed", reason="RunError: out of memory")
     assert main(["table", str(tmp_path)]) == 2
     assert "no run is finished: 0 of 1 runs are finished (1 failed)" in capsys.readouterr().err
+
+
+def test_a_run_of_two_versions_is_flagged(tmp_path):
+    """Resumed with another commit and number of threads: in the table, and whatever else differs."""
+    for seed in range(2):
+        path = write_run(tmp_path, "lora", seed)
+        write_run(tmp_path, "molora", seed)
+        file = path / "environment.json"
+        first = files.read_json(file)
+        second = first | {"threads": 2, "code": {"commit": "deed" * 10, "dirty": False}}
+        if seed == 0:
+            files.write_json(file, environment.after(first, second))
+    (problem,) = problems(load(tmp_path))
+    remarks = {row["method"]: row["remarks"] for row in leaderboard(problem).rows}
+    assert "resumed with other code.commit, threads" in remarks["lora"] and "resumed" not in remarks["molora"]
+
+
+def test_environments_of_all_attempts_are_kept_and_equal_ones_once():
+    a, b, c = ({"threads": n, "packages": {"torch": "1"}} for n in (1, 2, 3))
+    first = environment.after(None, a)
+    again = environment.after(first, a)
+    assert first == again == a and environment.changed(again) == []
+    third = environment.after(environment.after(again, b), c)
+    assert third["threads"] == 3 and third["before"] == [a, b] and environment.changed(third) == ["threads"]
