@@ -23,6 +23,7 @@ from moabench.benchmarks.config.overrides import nested, one_line, prepare, tune
 from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.machine import processes
 from moabench.benchmarks.machine.files import RunError, storage_error
+from moabench.benchmarks.machine.terminal import shown
 from moabench.methods.spec import ConfigError
 
 USAGE = """\
@@ -74,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
         print(help_text())
         return 0
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+        interrupts = Interrupts()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupts)
     _SWEEP_FAILURES.clear()
     show = "traceback=true" in (arg.lstrip("+").lower() for arg in argv)
     try:
@@ -205,7 +208,7 @@ def report(error: Exception, show_traceback: bool, label: str = "") -> int:
 
     config_error = isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
     name = "" if config_error or isinstance(error, RunError) else f"{type(error).__name__}: "
-    print(f"{label}error: {name}{one_line(error)}", file=sys.stderr, flush=True)
+    print(shown(f"{label}error: {name}{one_line(error)}"), file=sys.stderr, flush=True)
     return 2 if config_error else 1
 
 
@@ -269,6 +272,18 @@ def _wrapped(head: str, names: list[str], width: int = 110) -> str:
     )
 
 
-def _interrupt(signum: int, frame: Any) -> None:
-    """SIGTERM (a scheduler's preemption) ends a run as Ctrl-C does: recorded as interrupted, resumable."""
-    raise KeyboardInterrupt
+class Interrupts:
+    """What Ctrl-C does, and SIGTERM (a scheduler's preemption): the first ends the run, recorded as
+    interrupted and resumable; further ones do not disturb that, until the third leaves at once. Never a
+    traceback."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, signum: int, frame: Any) -> None:
+        self.count += 1
+        if self.count == 1:
+            raise KeyboardInterrupt
+        if self.count > 2:
+            os._exit(130)
+        os.write(2, b"stopping; once more leaves at once\n")

@@ -33,8 +33,8 @@ from moabench.benchmarks.machine import environment as environments
 from moabench.benchmarks.machine.files import read_json
 from moabench.methods.spec import ConfigError, nearest
 
+from . import condition, summary
 from . import folder as runs
-from . import summary
 
 NAMED = ("method", "model", "task", "mix")
 """Sections of the config whose `name` is the column of that name, as on the command line (`method=lora`)."""
@@ -110,17 +110,9 @@ class Study:
         return self._table("matrices")
 
     def where(self, query: str) -> Study:
-        """The runs for which `query` holds, in the words of `DataFrame.query`: `method == "lora" and seed <
-        3`; names with a dot or a slash in backticks. Raises ConfigError for what cannot be evaluated."""
-        try:
-            kept = self.runs.query(query)
-        except Exception as error:
-            known = nearest(query.replace("`", "").split()[0] if query.split() else "", self.runs.columns)
-            raise ConfigError(
-                f"where={query!r}: {' '.join(str(error).split())}. Expected a condition on columns of "
-                f"the runs.{known}"
-            ) from error
-        return Study(kept, self.configs, self._skipped)
+        """The runs for which `query` holds: `method == "lora" and seed < 3`; names with a dot or a slash in
+        backticks. Raises ConfigError for what is no condition on columns."""
+        return Study(condition.kept(self.runs, query), self.configs, self._skipped)
 
     def column(self, name: str) -> pd.Series:
         """A column of `runs`. Raises ConfigError, with the nearest name, for an unknown one."""
