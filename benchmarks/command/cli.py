@@ -80,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, interrupts)
     _SWEEP_FAILURES.clear()
     show = "traceback=true" in (arg.lstrip("+").lower() for arg in argv)
+    started = time.time()
     try:
-        started = time.time()
         _compose_and_run(prepare(argv))
         processes.leave()
         if tunes(argv):
@@ -92,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command resumes the run", file=sys.stderr)
         return 130
     except Exception as error:
+        if type(error).__name__ in ("TerminatedWorkerError", "BrokenProcessPool"):
+            error = _worker_gone(argv, started)
         if isinstance(error, OSError) and error.errno:  # Hydra's own record of a sweep could not be written
             error = storage_error(error, error.filename or "the runs_dir")
         return report(error, show)
@@ -138,14 +140,33 @@ def register_resolvers() -> None:
     )
 
 
+def _runs_dir(argv: list[str]) -> Path:
+    given = (arg.partition("=")[2] for arg in argv if arg.startswith("runs_dir="))
+    return Path(next(given, RunConfig.runs_dir)).expanduser()
+
+
+def _worker_gone(argv: list[str], started: float) -> RunError:
+    """A worker of a launcher was killed, and with it the sweep: what ran, and how to go on."""
+    from moabench.benchmarks.run.folder import find, status_of
+
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
+    found = [(path.name, status_of(path)) for path in find(_runs_dir(argv))]
+    ran = [
+        name for name, status in found if status["state"] == "running" and status.get("started", "") >= since
+    ]
+    return RunError(
+        f"a worker was killed (by the kernel, where the memory did not do) while these ran: "
+        f"{', '.join(ran) or 'none'}. The same command goes on: what is finished is found, the others "
+        "resume; "
+        "fewer hydra.launcher.n_jobs need less memory."
+    )
+
+
 def _say_best(argv: list[str], started: float) -> None:
     """The outcome of a search, from the file in which Optuna's sweeper leaves it."""
     import yaml
 
-    runs_dir = next(
-        (arg.partition("=")[2] for arg in argv if arg.startswith("runs_dir=")), RunConfig.runs_dir
-    )
-    for file in sorted(Path(runs_dir).expanduser().glob(".sweeps/*/optimization_results.yaml")):
+    for file in sorted(_runs_dir(argv).glob(".sweeps/*/optimization_results.yaml")):
         if file.stat().st_mtime >= started:
             best = yaml.safe_load(file.read_text())
             words = " ".join(f"{key.lstrip('+')}={value}" for key, value in best["best_params"].items())
