@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moabench.benchmarks.machine.files import RunError, write_text
+from moabench.benchmarks.machine.terminal import shown
 from moabench.methods.spec import ConfigError, nearest
 
 WHAT = ("table", "ablation", "published", "plots", "report", "push")
@@ -22,12 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = _parser().parse_args(argv)
         given.do(given)
         return 0
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        name = "" if isinstance(error, ConfigError | RunError) else f"{type(error).__name__}: "
+        print(f"error: {name}{shown(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -141,7 +142,7 @@ def _show(given: argparse.Namespace, tables: list, study, more: str = "") -> Non
     else:
         print(text, end="")
     for note in study.notes():
-        print(note, file=sys.stderr)
+        print(shown(note), file=sys.stderr)
 
 
 def _table(given: argparse.Namespace) -> None:
@@ -167,7 +168,7 @@ def _commands(found: list) -> str:
         for entry in problem.finished:
             known = command(entry.config, entry.runs["seed"])
             none = "no command of this version composes its config.yaml"
-            lines += [f"{entry.label}:", f"  {known or none}"]
+            lines += [shown(f"{entry.label}:"), shown(f"  {known or none}")]
     return "\n" + "\n".join(lines) + "\n"
 
 

@@ -48,14 +48,21 @@ def read(path: str | Path) -> pd.DataFrame:
         raise ConfigError(
             f"results={str(path)!r}: no such file; expected a CSV file with the columns {', '.join(NEEDED)}."
         )
-    found = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        found = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(
+            f"results={str(path)!r}: cannot be read ({' '.join(str(error).split())}); expected a CSV file "
+            f"with the columns {', '.join(NEEDED)}."
+        ) from error
     for column in NEEDED:
         if column not in found:
             raise ConfigError(
                 f"results={str(path)!r}: it has no column {column!r}.{nearest(column, found.columns)}"
             )
     found = found[found["metric"] == "accuracy"]
-    return found.assign(value=pd.to_numeric(found["value"], errors="coerce") / 100).dropna(subset=["value"])
+    values = pd.to_numeric(found["value"], errors="coerce") / 100
+    return found.assign(value=values)[values.between(0, 1)]
 
 
 def published(

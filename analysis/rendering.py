@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moabench.benchmarks.machine.terminal import shown
 from moabench.methods.spec import ConfigError, nearest
 
 from .comparing import number
@@ -79,7 +80,7 @@ def _points(value: float | Interval) -> str:
 
 
 FORMS: dict[str, Callable[[Any], str]] = {
-    "text": str,
+    "text": shown,
     "share": _share,  # 0.613 -> 61.3; with its interval 61.3 ± 1.2
     "ends": _ends,  # the same with an interval that is not symmetric: 61.3 [60.2, 62.7]
     "points": _points,  # a difference: +1.2 [-0.4, +2.8]
@@ -118,41 +119,48 @@ def terminal(table: Table, styled: bool = False) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
+    from rich.text import Text
 
-    drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = RichTable(
+        title=Text(shown(table.title), style="table.title"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for column in table.columns:
         prose = column.key in PROSE
         justify = "left" if column.form == "text" else "right"
         drawn.add_column(
-            column.title, justify=justify, no_wrap=not prose, overflow="fold", max_width=50 if prose else None
+            Text(shown(column.title)),
+            justify=justify,
+            no_wrap=not prose,
+            overflow="fold",
+            max_width=50 if prose else None,
         )
     for i, cells in enumerate(table.cells()):
         drawn.add_row(
-            *(
-                _marked(table, i, j, _escaped(cell), "[bold]{}[/]", "[underline]{}[/]")
-                for j, cell in enumerate(cells)
-            )
+            *(Text(cell, style=_marked(table, i, j, "bold", "underline", "")) for j, cell in enumerate(cells))
         )
     file = io.StringIO()
     console = Console(file=file, width=1000, highlight=False, force_terminal=styled)
     console.print(drawn)
     for note in table.notes:
-        console.print(note, style="dim", markup=False, soft_wrap=True)
+        console.print(shown(note), style="dim", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
 def markdown(table: Table) -> str:
     """GitHub's tables; best in bold, ties underlined."""
-    lines = [f"**{table.title}**", ""] if table.title else []
-    lines.append("| " + " | ".join(c.title.replace("|", "\\|") for c in table.columns) + " |")
+    lines = [f"**{_md(table.title)}**", ""] if table.title else []
+    lines.append("| " + " | ".join(_md(c.title) for c in table.columns) + " |")
     lines.append("|" + "|".join("---" if c.form == "text" else "---:" for c in table.columns) + "|")
     for i, cells in enumerate(table.cells()):
         marked = [
-            _marked(table, i, j, cell.replace("|", "\\|").replace("\n", " "), "**{}**", "<u>{}</u>")
+            _marked(table, i, j, "**{}**", "<u>{}</u>").format(_md(cell)) if cell else cell
             for j, cell in enumerate(cells)
         ]
         lines.append("| " + " | ".join(marked) + " |")
-    return "\n".join([*lines, "", *(f"{note}\n" for note in table.notes)]).rstrip() + "\n"
+    return "\n".join([*lines, "", *(f"{_md(note)}\n" for note in table.notes)]).rstrip() + "\n"
 
 
 def latex(table: Table) -> str:
@@ -161,7 +169,7 @@ def latex(table: Table) -> str:
     rows = []
     for i, cells in enumerate(table.cells()):
         marked = [
-            _marked(table, i, j, _tex(cell), "\\textbf{{{}}}", "\\underline{{{}}}")
+            _marked(table, i, j, "\\textbf{{{}}}", "\\underline{{{}}}").format(_tex(cell)) if cell else cell
             for j, cell in enumerate(cells)
         ]
         rows.append(" & ".join(marked) + r" \\")
@@ -184,7 +192,7 @@ def as_csv(table: Table) -> str:
     wide = {c.key for c in table.columns if any(isinstance(row.get(c.key), Interval) for row in table.rows)}
     writer.writerow(
         [
-            name
+            _csv(name)
             for c in table.columns
             for name in ((c.key, f"{c.key}_low", f"{c.key}_high") if c.key in wide else (c.key,))
         ]
@@ -198,7 +206,7 @@ def as_csv(table: Table) -> str:
                 if column.key in wide
                 else (value,)
             )
-            line += [None if isinstance(part, float) and math.isnan(part) else part for part in parts]
+            line += [_csv(part) for part in parts]
         writer.writerow(line)
     return file.getvalue()
 
@@ -223,10 +231,9 @@ def render(tables: Sequence[Table], form: str, styled: bool = False) -> str:
     return "\n".join(FORMATS[form](table.shown(), **options) for table in tables)
 
 
-def _marked(table: Table, row: int, column: int, cell: str, bold: str, under: str) -> str:
+def _marked(table: Table, row: int, column: int, bold: str, under: str, plain: str = "{}") -> str:
     place = (row, table.columns[column].key)
-    form = bold if place in table.best else under if place in table.tied else "{}"
-    return form.format(cell) if cell else cell
+    return bold if place in table.best else under if place in table.tied else plain
 
 
 def _rank(value: Any, form: str) -> tuple:
@@ -236,8 +243,20 @@ def _rank(value: Any, form: str) -> tuple:
     return (0, value) if isinstance(value, str) else (0, -value if form in SCORES else value)
 
 
-def _escaped(cell: str) -> str:
-    return cell.replace("[", r"\[")
+def _md(text: str) -> str:
+    """Text in a cell of GitHub's tables. A bar after a backslash ends the cell all the same in some readers,
+    so that it is written as HTML does where one stands before it."""
+    text = shown(text).replace("<", "&lt;").replace("`", "\\`")
+    return text.replace("\\|", "\\\\&#124;").replace("|", "\\|")
+
+
+def _csv(value: Any) -> Any:
+    """A spreadsheet takes text that begins so for a formula, and runs it."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, str):
+        return ("'" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else "") + shown(value)
+    return value
 
 
 TEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
@@ -248,4 +267,4 @@ TEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
 
 
 def _tex(cell: str) -> str:
-    return "".join(TEX.get(char, char) for char in cell)
+    return "".join(TEX.get(char, char) for char in shown(cell))

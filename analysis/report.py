@@ -202,7 +202,9 @@ def protocol(problem: Problem) -> list[tuple[str, str]]:
 
 def _rates(trained: list[Entry], train: Mapping[str, Any]) -> str:
     if not train["lr_grid"]:
-        given = {e.label: e.config["train"]["lr"] for e in trained}
+        given = {e.label: (e.config.get("train") or {}).get("lr") for e in trained}
+        if None in given.values():  # an older schema
+            return "not recorded for " + ", ".join(label for label, lr in given.items() if lr is None)
         one = f"{train['lr']:g} at the peak for all" if len(set(given.values())) == 1 else ""
         return (one or ", ".join(f"{label} {lr:g}" for label, lr in given.items())) + "; no method was tuned"
     taken = [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moabench.benchmarks.run.reading import Study
+from moabench.benchmarks.run.reading import RESUMED, Study
 
 from .comparing import Entry, Pair, Problem, differences, plain
 from .rendering import Column, Table
@@ -152,7 +152,7 @@ def _row(
     row: dict[str, Any] = {
         "method": entry.label,
         "n": len(entry.finished),
-        "remarks": "; ".join(problem.remarks(entry, reference)),
+        "remarks": "; ".join([*problem.remarks(entry, reference), *_resumed(entry)]),
     }
     if entry.finished.empty:
         return row
@@ -175,6 +175,13 @@ def _row(
     }
     row["memory"] = entry.mean("memory/peak_bytes")
     return row | {f"headline/{name}": entry.mean(f"headline/{name}") for name in HEADLINE}
+
+
+def _resumed(entry: Entry) -> list[str]:
+    """That a run of an entry is of two versions."""
+    column = entry.finished.get(RESUMED)
+    found = sorted(set() if column is None else set(column.dropna()))
+    return [f"resumed with other {keys}" for keys in found]
 
 
 def _marks(

@@ -22,7 +22,7 @@ from .bank import Experts
 from .losses import Loss
 from .router import Router
 from .rule import Rule
-from .spec import ConfigError, build, drop_stale, nearest
+from .spec import ConfigError, Name, build, drop_stale, nearest
 from .stage import Stage
 
 PLACES = (
@@ -150,7 +150,7 @@ class _MixtureKeys:
 class _MethodKeys(_MixtureKeys):
     """Top-level keys of a method's YAML: its main mixture, further ones under `also`, and what it is."""
 
-    name: str
+    name: Name
     about: str = ""
     paper: str = ""
     tuner: Literal["mixture", "peft", "full", "none"] = "mixture"
@@ -253,7 +253,7 @@ def _span(text: str, path: str) -> tuple[int, ...]:
     found: list[int] = []
     for part in re.split("[,+]", text):
         first, _, last = part.strip().partition("-")
-        if not first.isdigit() or not (last or first).isdigit() or int(last or first) < int(first):
+        if not re.fullmatch("[0-9]{1,4}(-[0-9]{1,4})?", part.strip()) or int(last or first) < int(first):
             raise ConfigError(
                 f"{path}: {text!r} names no layers; expected numbers from 0 and ranges, as '0-3, 6'."
             )

@@ -13,6 +13,7 @@ import difflib
 import importlib
 import math
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -45,7 +46,9 @@ class Bound:
     def __str__(self) -> str:
         signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
         return " and ".join(
-            f"{sign} {getattr(self, k):g}" for k, sign in signs.items() if getattr(self, k) is not None
+            f"{sign} {end:,}" if isinstance(end := getattr(self, k), int) else f"{sign} {end:g}"
+            for k, sign in signs.items()
+            if getattr(self, k) is not None
         )
 
     def holds(self, value: float) -> bool:
@@ -57,10 +60,32 @@ class Bound:
         )
 
 
-Count = typing.Annotated[int, Bound(ge=1)]
-Positive = typing.Annotated[float, Bound(gt=0)]
-NonNegative = typing.Annotated[float, Bound(ge=0)]
+Count = typing.Annotated[int, Bound(ge=1, le=10**6)]
+"""A size: of a part, a batch, a set of tokens. No number is without an end: what lies beyond fills the memory
+before anything can be said about it."""
+Many = typing.Annotated[int, Bound(ge=1, le=10**9)]
+"""Steps, rows and the like, which cost time and no memory."""
+Seed = typing.Annotated[int, Bound(ge=0, lt=2**32)]
+"""What every generator takes: numpy's takes no more."""
+Positive = typing.Annotated[float, Bound(gt=0, le=1e9)]
+NonNegative = typing.Annotated[float, Bound(ge=0, le=1e9)]
 Share = typing.Annotated[float, Bound(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class FileName:
+    """Text that becomes part of a file's name, used as `Annotated[str, FileName()]`: it names no other
+    folder, fits into a file system's 255 bytes with what is put around it, and holds nothing that a terminal
+    obeys."""
+
+    def __str__(self) -> str:
+        return "that can stand in a file name: letters, digits and ._+@-, not first a dot, at most 100 bytes"
+
+    def holds(self, value: str) -> bool:
+        return bool(re.fullmatch(r"[\w+@-][\w.+@-]*", value)) and len(value.encode()) <= 100
+
+
+Name = typing.Annotated[str, FileName()]
 
 
 def build(cls: type, data: Mapping[str, Any], path: str = "") -> Any:
@@ -113,17 +138,32 @@ def _describe(hint: Any) -> str:
     )
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 400 else f"{text[:400]} ..."
+
+
+def _quoted(value: Any, hint: Any) -> str:
+    """What helps where text was wanted that reads as something else, as a commit of digits does."""
+    is_text = hint is str or str in typing.get_args(hint)
+    return (
+        " Text that reads as a number needs quotes of its own: '\"...\"'."
+        if is_text and isinstance(value, int | float)
+        else ""
+    )
+
+
 def _convert(value: Any, hint: Any, path: str) -> Any:
     """`value` as the type `hint` asks for, or ConfigError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    wrong = ConfigError(f"{path}={value!r}: expected {_describe(hint)}.")
+    wrong = ConfigError(f"{path}={_short(value)}: expected {_describe(hint)}.{_quoted(value, hint)}")
     if hint is Any:
         return value
     if origin is typing.Annotated:
-        number = _convert(value, args[0], path)
-        if not args[1].holds(number):
+        found = _convert(value, args[0], path)
+        if not args[1].holds(found):
             raise wrong
-        return number
+        return found
     if origin is Literal:
         if value not in args:
             near = (
@@ -148,7 +188,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin in (dict, Mapping) or hint in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise wrong
-        return dict(value)
+        return {k: _convert(v, args[1], _join(path, k)) for k, v in value.items()} if args else dict(value)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, path)
     if hint is type(None):
@@ -158,7 +198,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             number = float(value)  # YAML 1.1 reads 1e-3 as text
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise wrong from None
         if not math.isfinite(number):
             raise wrong

@@ -24,7 +24,10 @@ class Skeleton:
     def attached(self, data: Mapping[str, Any]) -> Any:
         """A new copy of the base with a method on it, on the meta device: nothing that is done with it
         computes anything."""
-        return methods.attach(self._build(), data).to("meta")
+        import torch
+
+        with torch.device("meta"):  # PEFT makes its own tensors where the default says
+            return methods.attach(self._build(), data).to("meta")
 
     def count(self, data: Mapping[str, Any]) -> int:
         """Trainable parameters of a method."""

@@ -23,6 +23,7 @@ from moabench.benchmarks.config.overrides import nested, one_line, prepare, tune
 from moabench.benchmarks.config.run import RunConfig, keys
 from moabench.benchmarks.machine import processes
 from moabench.benchmarks.machine.files import RunError, storage_error
+from moabench.benchmarks.machine.terminal import shown
 from moabench.methods.spec import ConfigError
 
 USAGE = """\
@@ -74,11 +75,13 @@ def main(argv: list[str] | None = None) -> int:
         print(help_text())
         return 0
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+        interrupts = Interrupts()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupts)
     _SWEEP_FAILURES.clear()
     show = "traceback=true" in (arg.lstrip("+").lower() for arg in argv)
+    started = time.time()
     try:
-        started = time.time()
         _compose_and_run(prepare(argv))
         processes.leave()
         if tunes(argv):
@@ -89,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command resumes the run", file=sys.stderr)
         return 130
     except Exception as error:
+        if type(error).__name__ in ("TerminatedWorkerError", "BrokenProcessPool"):
+            error = _worker_gone(argv, started)
         if isinstance(error, OSError) and error.errno:  # Hydra's own record of a sweep could not be written
             error = storage_error(error, error.filename or "the runs_dir")
         return report(error, show)
@@ -135,14 +140,33 @@ def register_resolvers() -> None:
     )
 
 
+def _runs_dir(argv: list[str]) -> Path:
+    given = (arg.partition("=")[2] for arg in argv if arg.startswith("runs_dir="))
+    return Path(next(given, RunConfig.runs_dir)).expanduser()
+
+
+def _worker_gone(argv: list[str], started: float) -> RunError:
+    """A worker of a launcher was killed, and with it the sweep: what ran, and how to go on."""
+    from moabench.benchmarks.run.folder import find, status_of
+
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
+    found = [(path.name, status_of(path)) for path in find(_runs_dir(argv))]
+    ran = [
+        name for name, status in found if status["state"] == "running" and status.get("started", "") >= since
+    ]
+    return RunError(
+        f"a worker was killed (by the kernel, where the memory did not do) while these ran: "
+        f"{', '.join(ran) or 'none'}. The same command goes on: what is finished is found, the others "
+        "resume; "
+        "fewer hydra.launcher.n_jobs need less memory."
+    )
+
+
 def _say_best(argv: list[str], started: float) -> None:
     """The outcome of a search, from the file in which Optuna's sweeper leaves it."""
     import yaml
 
-    runs_dir = next(
-        (arg.partition("=")[2] for arg in argv if arg.startswith("runs_dir=")), RunConfig.runs_dir
-    )
-    for file in sorted(Path(runs_dir).expanduser().glob(".sweeps/*/optimization_results.yaml")):
+    for file in sorted(_runs_dir(argv).glob(".sweeps/*/optimization_results.yaml")):
         if file.stat().st_mtime >= started:
             best = yaml.safe_load(file.read_text())
             words = " ".join(f"{key.lstrip('+')}={value}" for key, value in best["best_params"].items())
@@ -207,7 +231,7 @@ def report(error: Exception, show_traceback: bool, label: str = "") -> int:
 
     config_error = isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
     name = "" if config_error or isinstance(error, RunError) else f"{type(error).__name__}: "
-    print(f"{label}error: {name}{one_line(error)}", file=sys.stderr, flush=True)
+    print(shown(f"{label}error: {name}{one_line(error)}"), file=sys.stderr, flush=True)
     return 2 if config_error else 1
 
 
@@ -271,6 +295,18 @@ def _wrapped(head: str, names: list[str], width: int = 110) -> str:
     )
 
 
-def _interrupt(signum: int, frame: Any) -> None:
-    """SIGTERM (a scheduler's preemption) ends a run as Ctrl-C does: recorded as interrupted, resumable."""
-    raise KeyboardInterrupt
+class Interrupts:
+    """What Ctrl-C does, and SIGTERM (a scheduler's preemption): the first ends the run, recorded as
+    interrupted and resumable; further ones do not disturb that, until the third leaves at once. Never a
+    traceback."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, signum: int, frame: Any) -> None:
+        self.count += 1
+        if self.count == 1:
+            raise KeyboardInterrupt
+        if self.count > 2:
+            os._exit(130)
+        os.write(2, b"stopping; once more leaves at once\n")

@@ -13,25 +13,26 @@
     moabench runs rerun RUN                                                the same run anew, and whether its
                                                                            result is equal
 
-RUN is a run folder, or the beginning of the name or of the hash of one in --runs (default: runs).
+RUN is a run folder, the name of one in --runs (default: runs), or at least six characters that one name or
+hash there begins with.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import shutil
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.config.sections import LoggerConfig
-from moabench.benchmarks.machine import files
+from moabench.benchmarks.machine import environment, files
+from moabench.benchmarks.machine.terminal import shown
 from moabench.benchmarks.run import folder as runs
 from moabench.benchmarks.run import summary
 from moabench.methods.spec import ConfigError, build, nearest
@@ -88,18 +89,38 @@ def _parser() -> argparse.ArgumentParser:
 # ---- finding
 
 
+SHORTEST = 6
+"""Characters of the beginning of a name: fewer name another run when there is one more."""
+
+
+def _all(runs_dir: str | Path) -> list[Path]:
+    """Every run folder. Raises ConfigError where there is no such folder."""
+    folder = Path(runs_dir).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{str(runs_dir)!r} is no folder; expected a folder of run folders, as runs_dir.")
+    return runs.find(folder)
+
+
 def find(text: str, runs_dir: str | Path) -> Path:
     """The run folder that `text` names. Raises ConfigError with the nearest name."""
-    if (Path(text).expanduser() / "status.json").is_file():
-        return Path(text).expanduser()
-    there = {path.name: path for path in runs.find(Path(runs_dir).expanduser())}
+    path = Path(os.path.abspath(Path(text).expanduser()))
+    if text and "hash" in runs.status_of(path):  # a file of that name alone makes no run of a folder
+        return path
+    there = {path.name: path for path in _all(runs_dir)}
+    if text in there:
+        return there[text]
+    if len(text) < SHORTEST:
+        raise ConfigError(
+            f"run {text!r}: expected a whole name, or at least {SHORTEST} characters that one name or hash "
+            "begins with."
+        )
     found = [
         path
         for name, path in there.items()
         if name.startswith(text) or name.rpartition("-")[2].startswith(text)
     ]
-    if len(found) == 1 or text in there:
-        return there.get(text, found[0])
+    if len(found) == 1:
+        return found[0]
     if found:
         raise ConfigError(
             f"run {text!r}: {len(found)} runs begin so, {', '.join(sorted(p.name for p in found)[:5])}; "
@@ -112,7 +133,7 @@ def _chosen(given: argparse.Namespace) -> list[Path]:
     """The runs that are named, or all; of them those for which --where holds."""
     named = [find(text, given.runs) for text in getattr(given, "run", ())]
     if not given.where:
-        return named or runs.find(Path(given.runs).expanduser())
+        return named or _all(given.runs)
     from moabench.benchmarks.run.reading import load
 
     kept = load(*(named or [given.runs])).where(given.where).runs["path"]
@@ -120,18 +141,18 @@ def _chosen(given: argparse.Namespace) -> list[Path]:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    return (
-        path.stat().st_size
-        if path.is_file()
-        else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    )
+    """Bytes of a file, or of all files below a folder; what vanishes meanwhile counts nothing."""
+    total = 0
+    for part in [path] if path.is_file() else path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += part.stat().st_size if part.is_file() else 0
+    return total
 
 
 def config(path: Path) -> RunConfig:
     """The config of a run, from its folder. Raises ConfigError where this version cannot read it, and where
     it would run a model's own code."""
-    return build(RunConfig, yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))).trusting()
+    return build(RunConfig, files.read_yaml(path / "config.yaml") or {}).trusting()
 
 
 # ---- commands
@@ -141,6 +162,7 @@ def _ls(given: argparse.Namespace) -> int:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     found = _chosen(given)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -154,17 +176,14 @@ def _ls(given: argparse.Namespace) -> int:
         table.add_column(name, justify=justify, no_wrap=True)
     total, lines = 0, []
     for path in found:
-        status, metrics = (
-            files.read_json(path / "status.json") or {},
-            files.read_json(path / "metrics.json") or {},
-        )
-        accuracy, used = summary.accuracy(metrics), size(path)
+        status, state, used = runs.status_of(path), runs.state_of(path), size(path)
+        metrics = (files.read_json(path / "metrics.json") or {}) if state == "finished" else {}
+        accuracy, name = summary.accuracy(metrics), shown(path.name)
         total += used
-        found_state = runs.state_of(path)
-        reason = f": {status['reason']}" if found_state == "failed" and status.get("reason") else ""
-        shown = "" if accuracy is None else f"{100 * accuracy:.1f}"
-        lines += [f"{path.name} {found_state}{reason}"] if reason else []
-        table.add_row(path.name, found_state, status.get("ended", ""), shown, f"{used / 1e6:.1f}")
+        if state in ("failed", "broken") and status.get("reason"):
+            lines.append(shown(f"{path.name} {state}: {status['reason']}"))
+        percent = "" if accuracy is None else f"{100 * accuracy:.1f}"
+        table.add_row(Text(name), state, Text(shown(status.get("ended", ""))), percent, f"{used / 1e6:.1f}")
     console = Console(highlight=False)
     console.width = max(
         console.width, 60 + max((len(path.name) for path in found), default=0)
@@ -180,19 +199,18 @@ def _show(given: argparse.Namespace) -> int:
     from moabench.benchmarks.config.command import command
 
     path = find(given.run[0], given.runs)
-    status = files.read_json(path / "status.json") or {}
-    if (path / "metrics.json").exists():
+    status, state = runs.status_of(path), runs.state_of(path)
+    if state == "finished":
         summary.show(path)
-    plain = (
-        yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        if (path / "config.yaml").exists()
-        else None
-    )
-    lines = [("state", runs.state_of(path) + (f": {status['reason']}" if status.get("reason") else ""))]
+    plain = None if state == "broken" else files.read_yaml(path / "config.yaml")
+    lines = [("state", state + (f": {status['reason']}" if status.get("reason") else ""))]
     lines += [
         ("before", f"{entry['state']} {entry.get('ended', '')} {entry.get('reason', '')}")
         for entry in status.get("before", [])
     ]
+    described = {} if state == "broken" else files.read_json(path / "environment.json") or {}
+    if changed := environment.changed(described):
+        lines.append(("resumed", f"with other {', '.join(changed)}; environment.json has both"))
     lines += [
         (
             "command",
@@ -208,16 +226,16 @@ def _show(given: argparse.Namespace) -> int:
         )
     ]
     for name, text in lines:
-        print(f"  {name:<11} {text.strip()}")
+        print(f"  {name:<11} {shown(text.strip())}")
     return 0
 
 
 def _diff(given: argparse.Namespace) -> int:
     paths = [find(text, given.runs) for text in given.run]
-    for file, read in (("config.yaml", _read_yaml), ("metrics.json", files.read_json)):
+    for file, read in (("config.yaml", files.read_yaml), ("metrics.json", files.read_json)):
         for key, a, b in differences(*(read(path / file) or {} for path in paths)):
             if not any(word in key for word in MEASURED):
-                print(f"{key}: {_shown(a)} | {_shown(b)}")
+                print(shown(f"{key}: {_shown(a)} | {_shown(b)}"))
     return 0
 
 
@@ -230,11 +248,14 @@ def _rm(given: argparse.Namespace) -> int:
             f"runs rm: {', '.join(busy)} {'is' if len(busy) == 1 else 'are'} running; expected runs "
             "that nobody holds."
         )
+    if given.yes and Path(given.runs).is_dir():
+        files.remove_unfinished(Path(given.runs))  # of an earlier `rm` that was killed
     for path in found:
-        print(f"{'removed' if given.yes else 'would remove'} {path} ({size(path) / 1e6:.1f} MB)")
+        used = size(path)
         if given.yes:
             with runs.hold(path):
-                shutil.rmtree(path)
+                files.remove_folder(path)
+        print(shown(f"{'removed' if given.yes else 'would remove'} {path} ({used / 1e6:.1f} MB)"))
     if found and not given.yes:
         print("--yes removes them")
     return 0
@@ -247,16 +268,16 @@ def _retry(given: argparse.Namespace) -> int:
 
     worst = 0
     for path in _chosen(given):
-        if runs.state_of(path) not in ("failed", "interrupted"):
+        if (state := runs.state_of(path)) not in ("failed", "interrupted", "broken"):
             if given.run:
-                print(f"{path.name} is {runs.state_of(path)}", file=sys.stderr)
+                print(shown(f"{path.name} is {state}"), file=sys.stderr)
             continue
         try:
             outcome = run(dataclasses.replace(config(path), runs_dir=str(path.parent)))
             if outcome.folder.name != path.name:
                 print(
-                    f"{path.name}: with this version of code or data it is another run, "
-                    f"{outcome.folder.name}",
+                    shown(f"{path.name}: with this version of code or data it is another run, "),
+                    outcome.folder.name,
                     file=sys.stderr,
                 )
         except Exception as error:
@@ -276,10 +297,10 @@ def _rerun(given: argparse.Namespace) -> int:
         ).folder
         environments = [files.read_json(folder / "environment.json") or {} for folder in (path, again)]
         for key, a, b in differences(*environments):
-            print(f"environment: {key}: {_shown(a)} | {_shown(b)}")
+            print(shown(f"environment: {key}: {_shown(a)} | {_shown(b)}"))
         found = list(unequal(path, again))
         for line in found:
-            print(line)
+            print(shown(line))
     equal = "equal in every metric and table, but for times and memory"
     print(f"{path.name}: {f'{len(found)} differences' if found else equal}")
     return 1 if found else 0
@@ -323,10 +344,6 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, A
         for key in dict.fromkeys((*one, *other))
         if one.get(key) != other.get(key)
     ]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _shown(value: Any) -> str:

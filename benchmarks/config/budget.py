@@ -11,6 +11,9 @@ from moabench.methods import catalog
 from moabench.methods.sizes import of_rank, sized
 from moabench.methods.spec import ConfigError, Positive, nearest
 
+MOST = 10**11
+"""Parameters of the largest budget; more than any base here has."""
+
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -53,12 +56,13 @@ class Goal:
             if 0 < float(found[1]) <= 100:
                 return cls("share", float(found[1]) / 100)
         elif found := re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text, re.IGNORECASE):
-            if (count := float(found[1]) * UNITS[found[2].lower()]) >= 1:
+            if 1 <= (count := float(found[1]) * UNITS[found[2].lower()]) <= MOST:
                 return cls("count", count)
-        elif (found := re.fullmatch(r"([a-z]\w*?)(?:_r([1-9]\d*))?", text)) and found[1] in sized():
+        elif (found := re.fullmatch(r"([a-z]\w*?)(?:_r([1-9]\d{0,5}))?", text)) and found[1] in sized():
             return cls("method", method=of_rank(catalog.raw(found[1]), found[2] and int(found[2])))
         expected = (
-            "none, a method (lora_r16, moa_soft), a share of the base (0.5%) or a number of parameters (2M)"
+            "none, a method (lora_r16, moa_soft), a share of the base (0.5%) or a number of parameters (2M) "
+            "up to 100B"
         )
         near = nearest(text, ["none", *(name + rank for name in sized() for rank in ("", "_r16"))])
-        raise ConfigError(f"size={size!r}: expected {expected}.{near if 'mean' in near else ''}")
+        raise ConfigError(f"size={text[:100]!r}: expected {expected}.{near if 'mean' in near else ''}")

@@ -31,7 +31,8 @@ def command(config: Mapping[str, Any], seeds: Iterable[int] = ()) -> str | None:
         words = _words(config)
         if _result(_composed(tuple(words)), config) != _result(config, config):
             return None
-    except ConfigError:
+    # a config that this version does not have, or of a shape of which nothing can be said
+    except (ConfigError, LookupError, TypeError, AttributeError, ValueError):
         return None
     seeds = sorted({int(seed) for seed in seeds})
     if len(seeds) > 1:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from moabench.benchmarks import tasks
-from moabench.methods.spec import ConfigError, Count, NonNegative, build, nearest
+from moabench.methods.spec import Bound, ConfigError, Many, build, nearest
 
 
 @dataclass(frozen=True)
 class PartConfig:
     """The train split of one task in a mix."""
 
-    weight: NonNegative = 1.0
+    weight: Annotated[float, Bound(ge=0, le=1000)] = 1.0
     """How often a row is in the mix: 2 takes each twice, 0.5 a seeded half, 1.5 each once and a half of them
     twice; 0: left out."""
-    cap: Count | None = None
+    cap: Many | None = None
     """Most distinct rows, a seeded choice; null: all."""
     optional: bool = False
     """Left out, and recorded, where the source has no train split of the task; false: an error."""
@@ -39,7 +40,7 @@ class HubConfig:
 class Published:
     """Facts about the published file; a difference is recorded, not refused."""
 
-    rows: Count | None = None
+    rows: Many | None = None
     git_blob: str | None = None
     """SHA-1 that git gives to the file's content (`git hash-object FILE`)."""
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -34,10 +36,30 @@ def prepare(argv: list[str]) -> list[str]:
     for text in texts:
         try:
             (override,) = OverridesParser.create().parse_overrides([text])
-        except HydraException as error:
-            raise ConfigError(f"cannot read {text!r}: {one_line(error)}. Expected key=value.") from None
-        rewritten[text] = _checked(override, text)
+            rewritten[text] = _checked(override, text)
+        except (HydraException, RecursionError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(_unreadable(text, error)) from None
     return [*(rewritten.get(arg, arg) for arg in argv), *_tuning(texts)]
+
+
+def _unreadable(text: str, error: Exception) -> str:
+    """Why Hydra's grammar does not take an override, and what to write instead."""
+    key, equals, value = text.partition("=")
+    long = isinstance(error, RecursionError) or len(text) > 1000
+    why = "too long or too deep" if long else re.sub(r"^\w+Exception: ", "", one_line(error)).rstrip(" ^")
+    quoted = shlex.quote(f'{key}="{value}"')
+    hint = (
+        f" A value with one of {SIGNS} in it needs quotes of its own: {quoted}."
+        if equals and not long and any(sign in value for sign in SIGNS.split()) and '"' not in value
+        else ""
+    )
+    return f"cannot read {text[:200]!r}: {why}. Expected key=value.{hint}"
+
+
+SIGNS = "~ ( ) [ ] { } = # , : ' \\ %"
+"""What Hydra's grammar reads as something else than text."""
 
 
 def composed(overrides: Iterable[str]) -> RunConfig:

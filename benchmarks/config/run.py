@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from moabench.benchmarks.machine.globals import MOST_THREADS
 from moabench.methods import catalog
-from moabench.methods.spec import Bound, ConfigError, Count, build
+from moabench.methods.spec import Bound, ConfigError, Seed, build
 
 from .budget import BudgetConfig
 from .hashing import NOT_IN_HASH, digest, plain
@@ -47,19 +48,21 @@ class RunConfig:
     none."""
     retry: bool = False
     """In a sweep: runs that failed before start again, instead of being passed over."""
-    seed: Annotated[int, Bound(ge=0)] = 0
+    seed: Seed = 0
     device: str = "auto"
     backend: Literal["auto", "torch", "triton"] = "auto"
     """Kernels of the mixtures: moabench.kernels.backend."""
     shard: bool = False
     """Split the frozen base's weights over the processes of a torchrun (FSDP):
     benchmarks/machine/processes.py."""
-    threads: Count | None = None
+    threads: Annotated[int, Bound(ge=1, le=MOST_THREADS)] | None = None
     """CPU threads of torch; null: OMP_NUM_THREADS, else every core this process may use."""
     quiet: bool = False
     traceback: bool = False
 
     def __post_init__(self) -> None:
+        if not self.runs_dir.strip():
+            raise ConfigError(f"runs_dir={self.runs_dir!r}: expected a folder; the default is runs.")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise ConfigError(f"device={self.device!r}: expected auto, cpu, mps, cuda or cuda:<number>.")
         if self.model.quantize and self.parsed_method.tuner == "full":
@@ -144,7 +147,8 @@ def _own_model(model: dict, chosen: set[str]) -> dict:
     last part."""
     model |= {"kind": "pretrained", "random": None}
     if "model.name" not in chosen and isinstance(model.get("path"), str):
-        model["name"] = re.sub(r"[^\w.-]+", "_", Path(model["path"]).name) or "model"
+        cleaned = re.sub(r"[^\w.-]+", "_", Path(model["path"]).name).lstrip(".")
+        model["name"] = cleaned.encode()[:100].decode(errors="ignore") or "model"
     return model
 
 

@@ -13,7 +13,18 @@ from typing import Annotated, Any, Literal
 
 from moabench.benchmarks import tasks
 from moabench.benchmarks.world.facts import Axes
-from moabench.methods.spec import Bound, ConfigError, Count, NonNegative, Positive, Share, nearest
+from moabench.methods.spec import (
+    Bound,
+    ConfigError,
+    Count,
+    Many,
+    Name,
+    NonNegative,
+    Positive,
+    Seed,
+    Share,
+    nearest,
+)
 
 from .hashing import LATER
 
@@ -26,7 +37,7 @@ class RandomModel:
     """A `model_type` of transformers."""
     hidden: Count = 64
     intermediate: Count = 128
-    layers: Count = 2
+    layers: Annotated[int, Bound(ge=1, le=1000)] = 2
     heads: Count = 4
     kv_heads: Count = 2
 
@@ -40,7 +51,7 @@ class RandomModel:
 class ModelConfig:
     """The frozen base model."""
 
-    name: str
+    name: Name
     kind: Literal["builtin", "pretrained", "random"] = "pretrained"
     """builtin: the model shipped in benchmarks/world/tiny; pretrained: `path`; random: untrained, of the
     sizes in `random`."""
@@ -127,11 +138,11 @@ class DataConfig:
     source: Literal["builtin", "local", "hub"]
     root: str | None = None
     """Folder with `<task>/<split>.jsonl` (source=local)."""
-    train_limit: Count | None = None
+    train_limit: Many | None = None
     """Rows per training task; null: all."""
-    eval_limit: Count | None = None
+    eval_limit: Many | None = None
     """Rows per evaluation task; null: all."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the built-in world; the shipped model knows world 0."""
     world: Axes = field(default_factory=Axes)
     """Difficulty of the built-in world's questions (source=builtin)."""
@@ -176,7 +187,7 @@ class DataConfig:
 class TrainConfig:
     """One training recipe."""
 
-    steps: Count | None = None
+    steps: Many | None = None
     """Optimiser steps; exactly one of `steps` and `epochs` is set."""
     epochs: Positive | None = None
     batch_size: Count = 16
@@ -201,16 +212,16 @@ class TrainConfig:
     beta2: Share = 0.999
     max_grad_norm: NonNegative = 1.0
     """Clipping norm; 0: off."""
-    max_length: Annotated[int, Bound(ge=8)] = 256
+    max_length: Annotated[int, Bound(ge=8, le=10**6)] = 256
     """Tokens a sequence."""
     loss: Literal["response", "whole"] = "response"
     """Tokens whose loss is trained on: those of the answer, or the prompt's too."""
     gradient_checkpointing: bool = False
     eval_batch_size: Count = 64
     """Sequences per forward pass in evaluation."""
-    log_every: Count = 10
+    log_every: Many = 10
     """Steps between rows of history.parquet."""
-    save_every: Count = 100
+    save_every: Many = 100
     """Steps between checkpoints for resume."""
 
     def __post_init__(self) -> None:
@@ -224,14 +235,14 @@ class TrainConfig:
 class ProbeConfig:
     """Measures of experts and hidden states on a fixed set of tokens, while training goes on."""
 
-    tokens: Annotated[int, Bound(ge=8)] = 1024
+    tokens: Annotated[int, Bound(ge=8, le=10**6)] = 1024
     """Real tokens of the set."""
-    alone: Annotated[int, Bound(ge=8)] = 256
+    alone: Annotated[int, Bound(ge=8, le=10**6)] = 256
     """Most of them on which blocks and feed-forward experts are run again with one expert alone, one left
     out."""
     sites: Count = 8
     """Most routed places, and most layers, that are measured, spread over depth."""
-    times: Annotated[int, Bound(ge=0)] = 10
+    times: Annotated[int, Bound(ge=0, le=10**4)] = 10
     """Probes after step 0, the last one at the end; 0: none at all."""
 
 

@@ -84,7 +84,7 @@ def apply(cfg: RunConfig) -> tuple[RunConfig, Solution | None]:
     file = (
         Path(cfg.runs_dir).expanduser() / ".budget" / f"{cfg.parsed_method.name}-{digest(question)[:16]}.json"
     )
-    known = files.read_json(file)
+    known = files.cached(file)
     if known is None:
         solution = solve(cfg)
         files.write_json(file, dataclasses.asdict(solution))

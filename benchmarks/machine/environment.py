@@ -41,6 +41,33 @@ def describe(seed: int, config_hash: str, inputs: dict[str, Any], device: str) -
     }
 
 
+def after(earlier: dict[str, Any] | None, described: dict[str, Any]) -> dict[str, Any]:
+    """`described`, with the environments of the attempts that a resumed run goes on from under `before`, the
+    first one first, where they were others."""
+    if earlier is None:
+        return described
+    before = list(earlier.get("before", []))
+    now = {key: value for key, value in earlier.items() if key != "before"}
+    if now != described:
+        before.append(now)
+    return described | ({"before": before} if before else {})
+
+
+def changed(described: dict[str, Any]) -> list[str]:
+    """Dotted keys in which the attempts of a run differ; empty for a run of one environment."""
+    before = described.get("before") or []
+    plain = [_flat({k: v for k, v in one.items() if k != "before"}) for one in (described, *before)]
+    keys = dict.fromkeys(key for one in plain for key in one)
+    return [key for key in keys if len({repr(one.get(key)) for one in plain}) > 1]
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Version of each package that is installed."""
     found = {}

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -89,25 +90,65 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what `write` and `write_folder` left in `folder` when their process was killed. Nobody may be
     writing there."""
     for temporary in folder.glob(".*.tmp"):
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder at once for its readers: whoever is killed on the way leaves none that is half there,
     but what `remove_unfinished` takes away."""
     hidden = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(hidden, ignore_errors=True)
+    _remove(hidden)
     if path.exists():
         os.replace(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        _remove(hidden)
+
+
+def _remove(path: Path) -> None:
+    """Of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class Unreadable(RunError):
+    """A file that is there does not hold what it should; the message names it."""
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The file's content; None if there is no such file."""
+    """The mapping that the file holds; None if there is no such file. Raises Unreadable."""
+    return _read(path, json.loads)
+
+
+def read_yaml(path: Path) -> dict[str, Any] | None:
+    """As `read_json`."""
+    import yaml
+
+    return _read(path, functools.partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+
+
+def cached(path: Path) -> dict[str, Any] | None:
+    """As `read_json`, for a file that can be made anew: None, and a line on stderr, for one that cannot be
+    read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
+    except Unreadable as error:
+        print(f"{error} It is made anew.", file=sys.stderr)
+        return None
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    # A cut or foreign file: parsers have errors of their own (ValueError, YAMLError), and some that they do
+    # not foresee (deep nesting, odd dates).
+    except Exception as error:
+        raise Unreadable(f"{path}: cannot be read ({type(error).__name__}).") from error
+    if not isinstance(found, dict):
+        raise Unreadable(f"{path}: cannot be read (no mapping).")
+    return found
 
 
 ADVICE = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def set_globals(seed: int, threads: int | None, device: str, backend: str, dtype
     from moabench.kernels import backend as kernels
 
     seed_everything(seed)
-    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or _cores()))
+    torch.set_num_threads(threads_of(threads))
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     torch.backends.cudnn.benchmark = False
@@ -68,6 +69,24 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+MOST_THREADS = 1024
+"""Far more than that many stacks no process bears."""
+
+
+def threads_of(wanted: int | None) -> int:
+    """CPU threads: those wanted, else of OMP_NUM_THREADS (of a list, one number a level, the outermost), else
+    every core. Raises ConfigError."""
+    if wanted is not None:
+        return wanted
+    given = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not given:
+        return _cores()
+    first = given.partition(",")[0].strip()
+    if not re.fullmatch("[0-9]{1,4}", first) or not 1 <= int(first) <= MOST_THREADS:
+        raise ConfigError(f"OMP_NUM_THREADS={given!r}: expected a number from 1 to {MOST_THREADS}.")
+    return int(first)
 
 
 def _cores() -> int:

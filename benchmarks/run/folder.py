@@ -5,10 +5,14 @@ half-written.
         config.yaml  status.json  metrics.json  history.parquet  routing.parquet  samples.parquet  adapter/
                      environment.json
 
-`status.json` is the state (running, finished, failed with its reason, interrupted). The lock is a file that
-the owner holds by flock, which the kernel lets go when the owner dies, however it dies. For file systems
-whose flock does not reach other machines there is the owner's heartbeat, the lock file's mtime: a lock taken
-on another machine is dead when its heartbeat has stopped.
+`status.json` is the state (running, finished, failed with its reason, interrupted). A folder whose status
+cannot be read, or that says finished and lacks its result, is broken: it is named, and its run is done again.
+config.yaml, of which a part can be whole YAML, is compared with the digest in status.json.
+
+The lock is a file that the owner holds by flock, which the kernel lets go when the owner dies, however it
+dies. For file systems whose flock does not reach other machines there is the owner's heartbeat, the lock
+file's mtime: a lock taken on another machine is dead when its heartbeat has stopped, which is seen by
+watching it, since two clocks need not agree.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import functools
 import hashlib
 import os
 import secrets
-import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +33,9 @@ from typing import Any, Literal
 from moabench.benchmarks.machine.files import (
     RunError,
     StorageError,
+    Unreadable,
     read_json,
+    remove_folder,
     remove_unfinished,
     storage_error,
     write_json,
@@ -38,9 +44,10 @@ from moabench.methods.spec import ConfigError
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0
-"""A lock of another machine without a heartbeat for so long is dead."""
+"""A lock of another machine that was watched for so long without a heartbeat is dead; three heartbeats do
+where its date, too, says so."""
 
-State = Literal["new", "running", "finished", "failed", "interrupted"]
+State = Literal["new", "running", "finished", "failed", "interrupted", "broken"]
 
 
 class Busy(RunError):
@@ -56,7 +63,8 @@ class RunFolder:
         self.hash = hash
 
     def status(self) -> dict[str, Any]:
-        return read_json(self.path / "status.json") or {"state": "new"}
+        """As `status_of` its folder."""
+        return status_of(self.path)
 
     def state(self) -> State:
         """As `state_of` its folder."""
@@ -70,9 +78,9 @@ class RunFolder:
         """Hold the run; gives the state in which it was found ('finished' included: somebody may have
         finished it just now).
 
-        Leaving normally records 'finished'; Ctrl-C and a full disk 'interrupted'; an error 'failed' with its
-        reason. A config error in a run that was new leaves nothing behind. Raises Busy if another process
-        holds the run.
+        The run of a broken folder is done from the start. Leaving normally records 'finished'; Ctrl-C and a
+        full disk 'interrupted'; an error 'failed' with its reason. A config error in a run that was new
+        leaves nothing behind. Raises Busy if another process holds the run.
         """
         with hold(self.path) as owner:
             remove_unfinished(self.path)
@@ -101,7 +109,7 @@ class RunFolder:
     def _record_error(self, record: dict[str, Any], error: BaseException, new: bool) -> None:
         recorded = (self.path / "status.json").exists()
         if new and (isinstance(error, ConfigError) or not recorded):
-            shutil.rmtree(self.path, ignore_errors=True)
+            remove_folder(self.path)
             return
         state: State = (
             "failed"
@@ -114,24 +122,79 @@ class RunFolder:
             self._record(record, state, reason=f"{type(error).__name__}: {error}".rstrip(": "))
 
     def _record(self, record: dict[str, Any], state: State, **more: Any) -> None:
-        ended = {} if state == "running" else {"ended": _now()}
+        ended = {} if state == "running" else {"ended": _now(), "config": _digest(self.path / "config.yaml")}
         write_json(self.path / "status.json", {"state": state, **record, **ended, **more})
 
 
 def state_of(path: Path) -> State:
     """The state of the run in a folder; one that says 'running' but that nobody holds was interrupted."""
-    status = read_json(path / "status.json")
-    state = "new" if status is None else status["state"]
+    state = status_of(path)["state"]
     return "interrupted" if state == "running" and not is_held(path / "lock") else state
 
 
+def status_of(path: Path) -> dict[str, Any]:
+    """What status.json says, with `state` 'new' where there is none and 'broken', with the reason, where the
+    folder cannot be what it says."""
+    try:
+        status = read_json(path / "status.json")
+        if status is None:
+            return {"state": "new"}
+        _check(status, path)
+    except Unreadable as error:
+        return {"state": "broken", "reason": _within(path, error)}
+    reason = _lacks(path, status)
+    return status | {"state": "broken", "reason": reason} if reason else status
+
+
+def _check(status: dict[str, Any], path: Path) -> None:
+    """Raises Unreadable for a mapping that is no status."""
+    before = status.get("before", [])
+    if not (
+        status.get("state") in ("running", "finished", "failed", "interrupted")
+        and isinstance(status.get("attempt", 0), int)
+        and isinstance(before, list)
+        and all(isinstance(entry, dict) and isinstance(entry.get("state"), str) for entry in before)
+    ):
+        raise Unreadable(f"{path / 'status.json'}: cannot be read (no status of a run).")
+
+
+def _lacks(path: Path, status: dict[str, Any]) -> str | None:
+    """Why the folder cannot be what its status says; None where it can."""
+    try:
+        if status["state"] == "finished" and read_json(path / "metrics.json") is None:
+            return "metrics.json: the run says that it is finished but has none."
+    except Unreadable as error:
+        return _within(path, error)
+    if status.get("config") and status["config"] != _digest(path / "config.yaml"):
+        return "config.yaml: not what the run has written."
+    return None
+
+
+def _within(path: Path, error: Unreadable) -> str:
+    """The message with the file as it is called in the folder."""
+    return str(error).removeprefix(f"{path}{os.sep}")
+
+
+def _digest(file: Path) -> str | None:
+    """SHA-256 (16 hex digits) of a file; None where there is none."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return None
+
+
 def find(runs_dir: str | Path) -> list[Path]:
-    """The run folders of `runs_dir`, sorted by name."""
-    return sorted(p.parent for p in Path(runs_dir).glob("*/status.json"))
+    """The run folders of `runs_dir`, sorted by name; one with a dot is being written or removed."""
+    return sorted(p.parent for p in Path(runs_dir).glob("*/status.json") if not p.parent.name.startswith("."))
 
 
 def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_.@" else "_" for c in name).lstrip(".")[:100]
+    return (
+        "".join(c if c.isalnum() or c in "-_.@" else "_" for c in name)
+        .lstrip(".")
+        .encode()[:100]
+        .decode(errors="ignore")
+    )
 
 
 def _now() -> str:
@@ -157,16 +220,8 @@ def hold(folder: Path) -> Iterator[str]:
     descriptor = _open_and_flock(file)
     stop = threading.Event()
     try:
-        before = os.pread(descriptor, 64, 0).decode(errors="replace")
-        if (
-            before
-            and before.partition("-")[0] != _machine()
-            and time.time() - os.fstat(descriptor).st_mtime < STALE_SECONDS
-        ):
-            raise Busy(
-                f"{folder} is being run by another machine; if that died, wait {STALE_SECONDS:.0f} "
-                "seconds and repeat."
-            )
+        if _elsewhere(descriptor) and _beats(file, descriptor):
+            raise Busy(f"{folder} is being run by another machine.")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, owner.encode(), 0)
         beat = threading.Thread(target=_beat, args=(descriptor, stop), daemon=True)
@@ -205,17 +260,41 @@ def _beat(descriptor: int, stop: threading.Event) -> None:
             os.utime(descriptor)
 
 
+def _elsewhere(descriptor: int) -> bool:
+    """Whether the lock file was left by, or is held on, another machine."""
+    owner = os.pread(descriptor, 64, 0).decode(errors="replace")
+    return bool(owner) and owner.partition("-")[0] != _machine()
+
+
+def _fresh(descriptor: int) -> bool:
+    """Whether the last heartbeat is near to the time of this machine, whose clock may be another."""
+    return abs(time.time() - os.fstat(descriptor).st_mtime) < STALE_SECONDS
+
+
+def _beats(file: Path, descriptor: int) -> bool:
+    """Whether the heart of a lock of another machine beats, by watching it."""
+    seconds = STALE_SECONDS if _fresh(descriptor) else 3 * HEARTBEAT_SECONDS
+    print(f"{file} was taken by another machine; watching it for {seconds:.0f} seconds", file=sys.stderr)
+    first, end = file.stat().st_mtime_ns, time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(seconds / 60)
+        # Opened anew: a file system of several machines looks at the server then.
+        with contextlib.suppress(FileNotFoundError), file.open("rb") as again:
+            if os.fstat(again.fileno()).st_mtime_ns != first:
+                return True
+    return False
+
+
 def is_held(file: Path) -> bool:
-    """Whether a living process holds the lock file."""
+    """Whether a living process holds the lock file, as far as one look tells; `hold` looks longer at a lock
+    of another machine."""
     try:
         descriptor = os.open(file, os.O_RDWR)
     except OSError:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        owner = os.pread(descriptor, 64, 0).decode(errors="replace")
-        elsewhere = bool(owner) and owner.partition("-")[0] != _machine()
-        return elsewhere and time.time() - os.fstat(descriptor).st_mtime < STALE_SECONDS
+        return _elsewhere(descriptor) and _fresh(descriptor)
     except BlockingIOError:
         return True
     finally:

@@ -29,11 +29,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from moabench.benchmarks.machine import environment as environments
 from moabench.benchmarks.machine.files import read_json
 from moabench.methods.spec import ConfigError, nearest
 
+from . import condition, summary
 from . import folder as runs
-from . import summary
 
 NAMED = ("method", "model", "task", "mix")
 """Sections of the config whose `name` is the column of that name, as on the command line (`method=lora`)."""
@@ -55,6 +56,9 @@ IDENTITY = (
     "accuracy",
 )
 """First columns of `Study.runs`."""
+
+RESUMED = "environment.resumed"
+"""Column: in what the attempts of a resumed run differ; absent or null for a run of one environment."""
 
 WORKERS = 8
 
@@ -106,17 +110,9 @@ class Study:
         return self._table("matrices")
 
     def where(self, query: str) -> Study:
-        """The runs for which `query` holds, in the words of `DataFrame.query`: `method == "lora" and seed <
-        3`; names with a dot or a slash in backticks. Raises ConfigError for what cannot be evaluated."""
-        try:
-            kept = self.runs.query(query)
-        except Exception as error:
-            known = nearest(query.replace("`", "").split()[0] if query.split() else "", self.runs.columns)
-            raise ConfigError(
-                f"where={query!r}: {' '.join(str(error).split())}. Expected a condition on columns of "
-                f"the runs.{known}"
-            ) from error
-        return Study(kept, self.configs, self._skipped)
+        """The runs for which `query` holds: `method == "lora" and seed < 3`; names with a dot or a slash in
+        backticks. Raises ConfigError for what is no condition on columns."""
+        return Study(condition.kept(self.runs, query), self.configs, self._skipped)
 
     def column(self, name: str) -> pd.Series:
         """A column of `runs`. Raises ConfigError, with the nearest name, for an unknown one."""
@@ -202,22 +198,23 @@ def _read_run(path: Path) -> dict[str, Any] | str:
     cannot be read."""
     file = "status.json"
     try:
-        status = read_json(path / file) or {}
-        state = runs.state_of(path)
+        status, state = runs.status_of(path), runs.state_of(path)
+        if state == "broken":
+            return status["reason"].rstrip(".")
         file = "config.yaml"
         config = _read_config((path / file).read_text(encoding="utf-8")) if (path / file).is_file() else {}
         file = "metrics.json"
         metrics = (read_json(path / file) or {}) if state == "finished" else {}
-        if state == "finished" and not metrics:
-            return f"{file}: the run says that it is finished but has none"
+        accuracy = summary.accuracy(metrics)
         file = "environment.json"
         environment = read_json(path / file) or {}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        return f"{file}: cannot be read ({type(error).__name__})"
+        changed = environments.changed(environment)
+        environment.pop("before", None)
+    except Exception as error:  # whatever a parser raises for a cut or foreign file costs this run alone
+        return f"{file}: cannot be read ({type(error.__cause__ or error).__name__})"
     row = {"run": path.name, "path": str(path), "state": state, "reason": status.get("reason")}
-    row |= (
-        _named(config) | {"accuracy": summary.accuracy(metrics)} | flat(environment, "environment") | metrics
-    )
+    row |= _named(config) | {"accuracy": accuracy} | flat(environment, "environment") | metrics
+    row |= {RESUMED: ", ".join(changed)} if changed else {}
     return row | {"config": config}
 
 

@@ -97,7 +97,12 @@ def _follow(prepared: Prepared, folder: RunFolder) -> Outcome:
 
 def _announce(cfg: RunConfig, folder: RunFolder, state: State) -> None:
     if not cfg.quiet:
-        doing = {"interrupted": "resumes", "failed": "starts again (it failed before)"}.get(state, "starts")
+        again = {
+            "interrupted": "resumes",
+            "failed": "starts again (it failed before)",
+            "broken": "starts again (its folder was broken)",
+        }
+        doing = again.get(state, "starts")
         print(f"{folder.path} {doing}", file=sys.stderr, flush=True)
 
 
@@ -108,12 +113,16 @@ def _execute(prepared: Prepared, folder: RunFolder, solution: budget.Solution | 
         files.remove_folder(path / "checkpoints")
     files.write_yaml(path / "config.yaml", cfg.to_dict())
     device = set_globals(**cfg.globals)
+    from .fits import check as check_memory
+
+    check_memory(prepared, device)
     if not cfg.quiet:
         from moabench.kernels import backend
 
         print(f"device {device}, kernels {backend.describe(device)}", file=sys.stderr)
     described = environment.describe(cfg.seed, folder.hash, prepared.inputs, device)
-    files.write_json(path / "environment.json", described)
+    earlier = files.cached(path / "environment.json") if resume else None
+    files.write_json(path / "environment.json", environment.after(earlier, described))
     if described["code"]["dirty"]:
         files.write_text(path / "code.diff", environment.code_diff())
     found = _tune(prepared, path)

@@ -11,9 +11,11 @@ import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moabench.benchmarks import tasks
 from moabench.benchmarks.machine import files
+from moabench.benchmarks.machine.terminal import shown
 
 LOAD = {
     "effective_experts": "effective experts",
@@ -57,10 +59,12 @@ def show(folder: Path, found: bool = False) -> None:
         f"{cfg['method']['name']} on {cfg['model']['name']}, {cfg['task']['name']}{way}, seed {cfg['seed']}"
     )
     console.print()
-    console.print(title + (" (found finished)" if found else ""), style="bold", soft_wrap=True, markup=False)
+    console.print(
+        shown(title) + (" (found finished)" if found else ""), style="bold", soft_wrap=True, markup=False
+    )
     console.print(_accuracy(metrics, way))
     for name, text in _facts(metrics, folder):
-        console.print(f"  {name:<11} {text}", soft_wrap=True, markup=False)
+        console.print(f"  {name:<11} {shown(text)}", soft_wrap=True, markup=False)
 
 
 def _accuracy(metrics: dict[str, Any], way: str) -> Table:
@@ -80,12 +84,12 @@ def _accuracy(metrics: dict[str, Any], way: str) -> Table:
         others = [_percent(metrics, f"eval/{title}/{name}") for name in extra]
         acc, base = (_percent(metrics, f"{part}/{title}/acc") for part in ("eval", "base"))
         gain = _gain(metrics[f"eval/{title}/acc"], metrics.get(f"base/{title}/acc"))
-        table.add_row(title.removesuffix(way), acc, *others, base, gain, _chance(title))
+        table.add_row(Text(shown(title.removesuffix(way))), acc, *others, base, gain, _chance(title))
     if len(titles) > 1:
         values = [_mean(metrics, part, titles) for part in ("eval", "base")]
-        shown = ["" if value is None else f"{100 * value:.1f}" for value in values]
+        acc, base = ("" if value is None else f"{100 * value:.1f}" for value in values)
         table.add_section()
-        table.add_row("mean", shown[0], *[""] * len(extra), shown[1], _gain(*values), "")
+        table.add_row("mean", acc, *[""] * len(extra), base, _gain(*values), "")
     return table
 
 

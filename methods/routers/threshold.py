@@ -31,7 +31,7 @@ class Threshold(GateNetwork):
     gamma_max: NonNegative = 0.5
     dynamic: bool = True
     grad: Literal["none", "subtract", "ste"] = "none"
-    temperature: Annotated[float, Bound(ge=1e-4)] = 0.1
+    temperature: Annotated[float, Bound(ge=1e-4, le=1e4)] = 0.1
 
     def params(self, d, experts):
         tensors = super().params(d, experts)

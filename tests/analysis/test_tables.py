@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 
 import pytest
 from synthetic import TITLES, write_run
@@ -14,6 +15,7 @@ from moabench.analysis.comparing import problems
 from moabench.analysis.rendering import FORMATS, Column, Table, render, text
 from moabench.analysis.statistics import Interval
 from moabench.analysis.tables import ablation, comparisons, factors, leaderboard
+from moabench.benchmarks.machine import environment, files
 from moabench.methods.spec import ConfigError
 
 
@@ -152,6 +154,36 @@ def test_unknown_format():
         render([TABLE], "markdow")
 
 
+HOSTILE = "=2+3[/b][bold]\x1b[31mred\x9b2J|a\\|b<script>`x`\u202e\ud800"
+"""A formula, marks of rich, escape sequences, a table's bars, HTML, a mark that turns the writing round, half
+a letter."""
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_text_of_others_stands_as_it_is_and_does_nothing(form):
+    """Names, reasons and metrics of a foreign run folder, in every cell, title and note."""
+    table = Table(HOSTILE, (Column("m", HOSTILE), Column("v", "v")), ({"m": HOSTILE, "v": "x"},), (HOSTILE,))
+    marked = Table(HOSTILE, table.columns, table.rows, (), frozenset({(0, "m")}))
+    found = render([table, marked], form, styled=form == "terminal")
+    for mark in ("\x1b[31m", "\x9b", "\u202e", "\ud800"):
+        assert mark not in found
+    assert found.encode("utf-8") and "red" in found and "2+3" in found
+    if form == "terminal":
+        assert "[/b][bold]" in found
+    if form == "csv":
+        cells = [cell for row in csv.reader(io.StringIO(found)) for cell in row]
+        assert cells and not any(cell.startswith(("=", "+", "-", "@")) for cell in cells)
+    if form == "markdown":
+        assert "<script>" not in found
+        rows = [line for line in found.splitlines() if line.startswith("|")]
+        assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3}, "as many cells as columns"
+
+
+def test_a_number_below_zero_is_no_formula():
+    table = Table("", (Column("a", "a", "points"),), ({"a": -0.25},))
+    assert render([table], "csv") == "a\n-0.25\n"
+
+
 # ---- published
 
 
@@ -227,6 +259,7 @@ def test_table_to_a_file_in_every_format(runs_dir, tmp_path, capsys):
         (["table", "{runs}/nowhere"], "is no folder; expected a folder with <run>/status.json"),
         (["ablation", "{runs}", "--control", "moloora"], "Did you mean 'molora'?"),
         (["published", "{runs}", "--results", "no.csv"], "no such file"),
+        (["published", "{runs}", "--results", "/dev/null"], "no such file"),
         (["tabel", "{runs}"], "invalid choice: 'tabel'"),
     ],
 )
@@ -236,7 +269,86 @@ def test_mistakes_are_one_line_that_helps(runs_dir, capsys, words, message):
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\n\n", b"\xff\xfe\x00", b'a,b\n"'], ids=["empty", "blank", "binary", "cut"]
+)
+def test_published_results_that_are_no_table(runs_dir, tmp_path, capsys, content):
+    file = tmp_path / "results.csv"
+    file.write_bytes(content)
+    for command in (["published", str(runs_dir)], ["report", str(runs_dir), "-o", str(tmp_path / "r.html")]):
+        assert main([*command, "--results", str(file)]) == 2
+        error = capsys.readouterr().err
+        assert "results=" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("section", ["train", "data", "mix", "budget", "experiment", "environment"])
+def test_a_report_of_an_older_schema(tmp_path, section):
+    """Whole sections are missing, or all that was in them."""
+    for seed in range(2):
+        for method in ("lora", "molora"):
+            path = write_run(tmp_path, method, seed)
+            if section == "environment":
+                (path / "environment.json").unlink()
+                continue
+            config = files.read_yaml(path / "config.yaml")
+            config[section] = {}
+            files.write_yaml(path / "config.yaml", config)
+    page = tmp_path / "report.html"
+    assert main(["report", str(tmp_path), "-o", str(page)]) == 0 and "molora" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "@pd.io.common.os.system('touch x') == 0", "method.str.contains('l')", "__import__('os')", "seed[0]",
+        "(lambda: 1)()", "[x for x in method]", "seed ** 9 ** 9 ** 9", "'a' * 9999999999 == method", "1 == 1",
+        "seed == " + "(" * 500, "method == (", "seed := 3", "`no such` == 1", "seed == 1; seed", "f'{seed}'",
+        "", "index == 1", "method < 3",
+    ],
+)  # fmt: skip
+def test_a_condition_reads_columns_and_runs_nothing(runs_dir, query):
+    with pytest.raises(ConfigError, match=r"where=.*Expected a condition on columns of the runs"):
+        load(runs_dir).where(query)
+
+
+@pytest.mark.parametrize(
+    ("query", "count"),
+    [
+        ("seed == 1", 3), ('method == "lora" and seed < 2', 2), ("method in ['lora', 'dora']", 4),
+        ("not (seed == 0)", 6), ("`train.lr` == 1e-3", 3), ("state != 'finished' or seed == 2", 5),
+        ("(seed == 1) & (method == 'lora')", 1), ("method == '`@x`'", 0), ("seed > -1 and ~(seed > 0)", 5),
+        ("0 < seed <= 2", 6), ("accuracy - 0.5 > 0 and seed + 1 == 1", 3),
+    ],
+)  # fmt: skip
+def test_conditions(runs_dir, query, count):
+    assert len(load(runs_dir).where(query).runs) == count
+
+
 def test_nothing_finished_is_said(tmp_path, capsys):
     write_run(tmp_path, state="failed", reason="RunError: out of memory")
     assert main(["table", str(tmp_path)]) == 2
     assert "no run is finished: 0 of 1 runs are finished (1 failed)" in capsys.readouterr().err
+
+
+def test_a_run_of_two_versions_is_flagged(tmp_path):
+    """Resumed with another commit and number of threads: in the table, and whatever else differs."""
+    for seed in range(2):
+        path = write_run(tmp_path, "lora", seed)
+        write_run(tmp_path, "molora", seed)
+        file = path / "environment.json"
+        first = files.read_json(file)
+        second = first | {"threads": 2, "code": {"commit": "deed" * 10, "dirty": False}}
+        if seed == 0:
+            files.write_json(file, environment.after(first, second))
+    (problem,) = problems(load(tmp_path))
+    remarks = {row["method"]: row["remarks"] for row in leaderboard(problem).rows}
+    assert "resumed with other code.commit, threads" in remarks["lora"] and "resumed" not in remarks["molora"]
+
+
+def test_environments_of_all_attempts_are_kept_and_equal_ones_once():
+    a, b, c = ({"threads": n, "packages": {"torch": "1"}} for n in (1, 2, 3))
+    first = environment.after(None, a)
+    again = environment.after(first, a)
+    assert first == again == a and environment.changed(again) == []
+    third = environment.after(environment.after(again, b), c)
+    assert third["threads"] == 3 and third["before"] == [a, b] and environment.changed(third) == ["threads"]

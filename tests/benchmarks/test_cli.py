@@ -4,6 +4,8 @@ exit code, and nothing left."""
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -297,3 +299,50 @@ def test_values_of_hydra_flags_are_no_overrides():
         "elsewhere",
         "seed=1",
     ]
+
+
+def test_quick_interrupts_show_no_traceback(monkeypatch, capfd):
+    """The first ends the run, the second does not disturb the end, the third leaves at once."""
+    left = []
+    monkeypatch.setattr(cli.os, "_exit", left.append)
+    handler = cli.Interrupts()
+    with pytest.raises(KeyboardInterrupt):
+        handler(signal.SIGINT, None)
+    handler(signal.SIGINT, None)
+    assert left == [] and "stopping" in capfd.readouterr().err
+    handler(signal.SIGTERM, None)
+    assert left == [130]
+
+
+def test_an_interrupt_while_it_is_being_said_is_no_traceback(monkeypatch, capsys):
+    def interrupted(argv):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli, "_compose_and_run", interrupted)
+    monkeypatch.setattr(cli, "_close_bars", lambda: signal.raise_signal(signal.SIGINT))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        assert cli.main(["seed=1"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
+    assert "the same command resumes the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["~/x", "a(b", "a=b", "x#y", "/x/y[1]", "a{b", "it's"])
+def test_a_value_that_hydra_reads_is_answered_with_its_quoted_form(value):
+    """What the message says to type is taken, and is that value."""
+    with pytest.raises(ConfigError, match="needs quotes of its own") as error:
+        overrides.prepare([f"model.path={value}"])
+    (word,) = shlex.split(str(error.value).partition("quotes of its own: ")[2].removesuffix("."))
+    assert overrides.composed([word]).model.path == value
+
+
+@pytest.mark.parametrize(
+    "word", ["data.revisions.addsub=12e4567", "data.revisions.addsub=1234567", "model.revision=1234567"]
+)
+def test_a_commit_that_reads_as_a_number_is_refused(word):
+    with pytest.raises(ConfigError, match="needs quotes of its own"):
+        overrides.composed(["data=hub", word])
+    key, _, commit = word.partition("=")
+    cfg = overrides.composed(["data=hub", f"{key}='{commit}'"])
+    assert commit in (cfg.model.revision, cfg.data.revisions.get("addsub"))

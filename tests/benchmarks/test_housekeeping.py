@@ -10,6 +10,7 @@ import pytest
 import yaml
 from test_config import composed
 
+from moabench.analysis.cli import main as analysis
 from moabench.benchmarks.command import cli
 from moabench.benchmarks.command import runs as housekeeping
 from moabench.benchmarks.config.choices import groups
@@ -105,6 +106,10 @@ def test_diff_names_what_differs_and_nothing_else(runs_dir, capsys):
         (["show", "arc_easy-molora"], "2 runs begin so"),
         (["show", "arc_easy-molra-random_tiny-s0"], "Did you mean 'arc_easy-molora-random_tiny-s0"),
         (["rm"], "expected the runs to be removed, or --where"),
+        (["rm", ""], "run '': expected a whole name, or at least 6 characters"),
+        (["rm", "a", "--yes"], "run 'a': expected a whole name, or at least 6 characters"),
+        (["rm", "arc_e", "--yes"], "at least 6 characters"),
+        (["show", "."], "at least 6 characters"),
         (["rm", "--where", "sed == 1"], "Did you mean 'seed'"),
     ],
 )
@@ -112,6 +117,64 @@ def test_bad_input_is_one_line(argv, message, runs_dir, capsys):
     assert ended(*argv, "--runs", runs_dir) == 2
     err = capsys.readouterr().err.strip()
     assert err.count("\n") == 0 and err.startswith("error: ") and message in err
+
+
+@pytest.mark.parametrize(
+    "argv", [["ls"], ["rm", "--where", "seed == 0", "--runs"], ["show", "abcdef", "--runs"]]
+)
+def test_a_folder_that_is_not_there_is_an_error(argv, tmp_path, capsys):
+    assert ended(*argv, tmp_path / "nope") == 2
+    err = capsys.readouterr().err
+    assert "nope" in err and "is no folder" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["status.json", "metrics.json", "config.yaml", "environment.json"])
+def test_one_cut_file_costs_its_own_row_and_is_named(name, runs_dir, capsys):
+    bad, good = sorted(runs_dir.glob("arc*"))
+    text = (bad / name).read_text()
+    (bad / name).write_text(text[: len(text) // 2])
+    assert ended("ls", runs_dir) == 0
+    out = capsys.readouterr().out
+    assert good.name in out and "2 runs" in out
+    if name != "environment.json":  # it holds no result
+        assert f"{bad.name} broken: {name}: " in out
+        assert ended("show", bad.name, "--runs", runs_dir) == 0 and "broken" in capsys.readouterr().out
+        assert ended("rerun", bad.name, "--runs", runs_dir) == 2
+    assert ended("show", good.name, "--runs", runs_dir) == 0
+    assert analysis(["table", str(runs_dir)]) == 0
+    assert f"{name}: " in capsys.readouterr().err.split("runs are finished")[1]
+    assert ended("rm", bad.name, "--runs", runs_dir, "--yes") == 0
+    assert [path.name for path in runs_dir.glob("arc*")] == [good.name]
+
+
+def test_a_broken_run_and_a_broken_cache_are_made_anew(runs_dir, capsys):
+    (path,) = runs_dir.glob("arc_easy-molora-random_tiny-s1*")
+    metrics = files.read_json(path / "metrics.json")
+    (path / "metrics.json").unlink()
+    assert ended("retry", path.name, "--runs", runs_dir) == 0
+    again = files.read_json(path / "metrics.json")
+    assert again["train/loss_task"] == metrics["train/loss_task"]
+    assert files.read_json(path / "status.json")["before"][-1]["state"] == "broken"
+
+
+def test_rm_takes_what_an_earlier_one_left(runs_dir):
+    (path,) = runs_dir.glob("arc_easy-molora-random_tiny-s1*")
+    path.rename(runs_dir / f".{path.name}.tmp")  # killed after the first step
+    assert ended("rm", "--where", "seed == 0", "--runs", runs_dir, "--yes") == 0
+    assert [file.name for file in runs_dir.iterdir() if path.name in file.name] == []
+
+
+def test_nothing_of_a_foreign_run_reaches_the_terminal(runs_dir, capsys):
+    (path,) = runs_dir.glob("arc_easy-molora-random_tiny-s1*")
+    status = files.read_json(path / "status.json")
+    files.write_json(
+        path / "status.json", status | {"state": "failed", "reason": "\x1b]0;x\x07 [red]a[/b]\u202e"}
+    )
+    for argv in (["ls", runs_dir], ["show", path], ["diff", path, path], ["retry", "--where", "seed == 9"]):
+        ended(*argv, *(["--runs", runs_dir] if argv[0] == "retry" else []))
+        said = capsys.readouterr()
+        assert not {"\x1b", "\x07", "\u202e"} & set(said.out + said.err), argv
+    assert ended("ls", runs_dir) == 0 and "[red]a[/b]" in capsys.readouterr().out
 
 
 def test_rm_removes_only_when_told(runs_dir, capsys):

@@ -10,10 +10,11 @@ import pytest
 import yaml
 from test_cli import moabench
 
+from moabench.benchmarks.command import cli
 from moabench.benchmarks.command.runs import unequal
 from moabench.benchmarks.config import overrides
 from moabench.benchmarks.config.choices import CONF
-from moabench.benchmarks.machine.files import read_json
+from moabench.benchmarks.machine.files import read_json, write_json
 from moabench.benchmarks.run.folder import find
 from moabench.methods.spec import ConfigError
 
@@ -119,3 +120,19 @@ def test_a_search_on_the_reported_rows_is_refused(tmp_path, monkeypatch):
         prepared[-1] == "hydra.sweeper.direction=maximize"
         and "hydra.sweeper.max_failure_rate=1.0" not in prepared
     )
+
+
+def test_a_worker_that_is_killed_is_named_by_what_it_ran(tmp_path, monkeypatch, capsys):
+    loky = pytest.importorskip("joblib.externals.loky.process_executor")
+
+    def killed(argv):
+        for name, state in (("a", "running"), ("b", "finished")):
+            status = {"state": state, "started": "2999-01-01T00:00:00Z"}
+            write_json(tmp_path / "runs" / name / "status.json", status)
+        write_json(tmp_path / "runs/c/status.json", {"state": "running", "started": "2000-01-01T00:00:00Z"})
+        raise loky.TerminatedWorkerError("A worker process managed by the executor was unexpectedly ...")
+
+    monkeypatch.setattr(cli, "_compose_and_run", killed)
+    assert cli.main(["-m", "seed=0,1", f"runs_dir={tmp_path / 'runs'}"]) == 1
+    error = capsys.readouterr().err
+    assert "while these ran: a. The same command goes on" in error and error.count("\n") == 1

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -163,6 +164,49 @@ def test_several_runs_in_one_process_stay_apart(tmp_path):
         logger.finish({"name": name})
     for name in ("a", "b"):
         assert summary(records(tmp_path / name)) == {"name": name}
+
+
+def test_a_resumed_run_is_one_file_with_all_steps(tmp_path):
+    """Killed after step 65, resumed from the checkpoint of step 60: the server gets steps 5 to 200, each
+    once."""
+    rows = [{"step": step, "loss/task": 1 / step, "epoch": 0.5} for step in range(5, 205, 5)]
+    logger = loggers.start(config(), tmp_path, "ab" * 32)
+    for row in rows[:13]:
+        logger.log(row["step"], row)
+    logger.finish(None)
+    for step in (55, 60, 65):
+        state = {"log_history": [row for row in rows if row["step"] <= step], "best": None}
+        files.write_json(tmp_path / f"checkpoints/checkpoint-{step}/trainer_state.json", state)
+    cut = tmp_path / "checkpoints/checkpoint-65/trainer_state.json"
+    cut.write_text(cut.read_text()[:50])
+    logger = loggers.start(config(), tmp_path, "ab" * 32)
+    for row in rows[12:]:
+        logger.log(row["step"], row)
+    logger.finish({"a": 1})
+    found = records(tmp_path)  # of the one file that there is
+    assert [row["step"] for row in history(found)] == list(range(5, 205, 5)) and summary(found) == {"a": 1}
+
+
+@pytest.mark.parametrize("slow", ["init", "log", "finish"])
+def test_a_run_never_waits_long_for_wandb(slow, tmp_path, monkeypatch, capsys):
+    import wandb
+
+    class Run:
+        summary: dict = {}
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: gate.wait(30) if name == slow else None
+
+    gate, run = threading.Event(), Run()
+    monkeypatch.setattr(wandb, "init", lambda **options: gate.wait(30) if slow == "init" else run)
+    monkeypatch.setattr(loggers, "SECONDS", 0.05)
+    logger = loggers.start(config(), tmp_path, "ab" * 32)
+    logger.log(1, {"loss/task": 1.0})
+    logger.log(2, {"loss/task": 1.0})
+    logger.finish({"a": 1})
+    gate.set()
+    said = capsys.readouterr().err
+    assert said.count("no answer within") == 1 and "recorded in its folder only" in said
 
 
 def test_a_run_that_ended_early_has_no_metrics(tmp_path):

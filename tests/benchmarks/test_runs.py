@@ -23,9 +23,15 @@ def folder_in(path: Path) -> RunFolder:
     return RunFolder(path, "arc-lora-tiny-s0", "ab12" * 16)
 
 
+def done(folder: RunFolder) -> None:
+    """What a run leaves that has come to its end."""
+    files.write_json(folder.path / "metrics.json", {"eval/t@s:p/acc": 0.5})
+    files.write_yaml(folder.path / "config.yaml", {"seed": 12})
+
+
 HOLDER = """
 import sys, time
-from moabench.benchmarks.runs import RunFolder
+from moabench.benchmarks.run.folder import RunFolder
 with RunFolder(sys.argv[1], "arc-lora-tiny-s0", "ab12" * 16).claim() as state:
     print(state, flush=True)
     time.sleep(600)
@@ -82,7 +88,7 @@ def test_readers_never_see_half_a_file(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from moabench.benchmarks import files
+from moabench.benchmarks.machine import files
 for i in range(10**9):
     files.write_json(Path(sys.argv[1]), {"i": i, "filling": ["x" * 100] * 2000})
 """
@@ -121,6 +127,7 @@ def test_states(tmp_path):
     assert folder.state() == "new"
     with folder.claim() as found:
         assert found == "new" and folder.state() == "running"
+        done(folder)
     assert folder.state() == "finished"
     with folder.claim() as found:
         assert found == "finished"
@@ -135,6 +142,7 @@ def test_a_failed_run_keeps_its_reason_when_it_is_tried_again(tmp_path):
     assert folder.state() == "failed" and "division by zero" in folder.status()["reason"]
     with folder.claim() as found:
         assert found == "failed"
+        done(folder)
     status = folder.status()
     assert status["state"] == "finished" and status["attempt"] == 2
     assert "division by zero" in status["before"][0]["reason"] and "reason" not in status
@@ -193,8 +201,10 @@ def test_two_processes_never_share_a_run(tmp_path, holder):
 
 
 def test_two_claims_in_one_process_never_share_a_run(tmp_path):
-    with folder_in(tmp_path).claim(), pytest.raises(Busy), folder_in(tmp_path).claim():
-        pytest.fail("claimed twice")
+    with folder_in(tmp_path).claim():
+        with pytest.raises(Busy), folder_in(tmp_path).claim():
+            pytest.fail("claimed twice")
+        done(folder_in(tmp_path))
     assert folder_in(tmp_path).state() == "finished"
 
 
@@ -205,25 +215,37 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path, holder):
     assert folder.status()["state"] == "running" and folder.state() == "interrupted"
     with folder.claim() as found:
         assert found == "interrupted"
+        done(folder)
     assert folder.state() == "finished" and [entry["state"] for entry in folder.status()["before"]] == [
         "interrupted"
     ]
 
 
-def test_a_lock_of_another_machine_holds_while_its_heart_beats(tmp_path):
+@pytest.mark.parametrize("age", [0.0, 1e6, -1e6], ids=["fresh", "long past", "of the future"])
+def test_a_lock_of_another_machine_is_judged_by_its_heartbeat(tmp_path, monkeypatch, age):
+    """Whatever its date says, since the clocks of two machines need not agree."""
     folder = folder_in(tmp_path)
     folder.path.mkdir()
-    lock = folder.path / "lock"
+    lock, date, now = folder.path / "lock", time.time() - age, [0.0]
     lock.write_text("0therone-12345678")
+    os.utime(lock, (date, date))
     files.write_json(folder.path / "status.json", {"state": "running"})
-    assert folder.state() == "running"
+    assert folder.state() == ("running" if age == 0 else "interrupted")
+
+    def sleep(seconds: float, beats: bool) -> None:
+        now[0] += seconds
+        if beats and now[0] >= runs.HEARTBEAT_SECONDS:
+            os.utime(lock, (date + now[0], date + now[0]))
+
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runs.time, "sleep", lambda seconds: sleep(seconds, beats=True))
     with pytest.raises(Busy, match="another machine"), folder.claim():
-        pass
-    long_ago = time.time() - 2 * runs.STALE_SECONDS
-    os.utime(lock, (long_ago, long_ago))
-    assert folder.state() == "interrupted"
+        pytest.fail("claimed a run whose owner lives")
+    now[0] = 0.0
+    monkeypatch.setattr(runs.time, "sleep", lambda seconds: sleep(seconds, beats=False))
     with folder.claim() as found:
         assert found == "interrupted"
+    assert 3 * runs.HEARTBEAT_SECONDS <= now[0] <= 1.1 * runs.STALE_SECONDS
 
 
 def test_the_heart_beats(tmp_path, monkeypatch):
@@ -235,3 +257,57 @@ def test_the_heart_beats(tmp_path, monkeypatch):
         while (folder.path / "lock").stat().st_mtime == 0:
             assert time.monotonic() < deadline, "no heartbeat"
             time.sleep(0.01)
+
+
+# ---- folders that are not whole
+
+
+def test_a_run_that_says_finished_without_its_result_is_done_again(tmp_path):
+    folder = folder_in(tmp_path)
+    with folder.claim():
+        done(folder)
+    (folder.path / "metrics.json").unlink()
+    assert folder.state() == "broken" and "metrics.json" in folder.status()["reason"]
+    with folder.claim() as found:
+        assert found == "broken"
+        done(folder)
+    assert folder.state() == "finished" and folder.status()["before"][0]["state"] == "broken"
+
+
+def test_a_config_of_which_a_line_is_missing_is_no_config(tmp_path):
+    """The rest is whole YAML, and another config."""
+    folder = folder_in(tmp_path)
+    with folder.claim():
+        done(folder)
+    (folder.path / "config.yaml").write_text("seed: 1")
+    assert folder.state() == "broken" and "config.yaml" in folder.status()["reason"]
+
+
+def test_what_is_being_removed_is_no_run(tmp_path, monkeypatch):
+    """The folder is renamed first: a removal that is killed on the way leaves nothing that is found."""
+    folder = folder_in(tmp_path)
+    with folder.claim():
+        done(folder)
+    monkeypatch.setattr(files, "_remove", lambda path: None)  # killed before the first file was gone
+    files.remove_folder(folder.path)
+    assert runs.find(tmp_path) == [] and folder.state() == "new" and len(os.listdir(tmp_path)) == 1
+    monkeypatch.undo()
+    files.remove_unfinished(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_of_a_link_the_link_is_removed(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    files.remove_folder(tmp_path / "link")
+    assert os.listdir(tmp_path) == ["there"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a":' * 5000, '{"n": ' + "9" * 6000 + "}", "\ud800"])
+def test_a_file_that_is_no_mapping_is_named_and_a_cache_made_anew(text, tmp_path, capsys):
+    file = tmp_path / "x.json"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(files.Unreadable, match=r"x\.json: cannot be read"):
+        files.read_json(file)
+    assert files.cached(file) is None and "x.json" in capsys.readouterr().err
+    assert files.read_json(tmp_path / "none.json") is None
