@@ -77,12 +77,10 @@ class MixtureTrainer(Trainer):
         super().log(logs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All but biases, norms, and parameters with a true attribute `no_weight_decay` or that in their
-        name."""
+        """All but vectors (biases, norms, DoRA's magnitudes) and what is declared to have none: parameters
+        with a true attribute `no_weight_decay` (`methods.Param`)."""
         exempt = {
-            name
-            for name, p in model.named_parameters()
-            if getattr(p, "no_weight_decay", False) or "no_weight_decay" in name
+            name for name, p in model.named_parameters() if p.ndim < 2 or getattr(p, "no_weight_decay", False)
         }
         return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
 

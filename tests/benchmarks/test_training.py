@@ -20,7 +20,7 @@ from moabench.benchmarks.training import train as training
 from moabench.benchmarks.training.step import answer_nll
 from moabench.benchmarks.training.train import _arguments, encode_rows, train
 from moabench.benchmarks.training.trainer import MixtureTrainer
-from moabench.methods import record
+from moabench.methods import Router, catalog, record
 from moabench.methods.spec import ConfigError
 
 METHODS = ["full", "lora", "moe_lora_topk", "moa_sparse", "mixlora", "moa_instance"]
@@ -333,14 +333,57 @@ def test_adapters_and_whole_models_have_their_own_learning_rate(name, rate, atta
 
 def test_weight_decay_leaves_out_what_says_so(llama, config, tmp_path):
     llama.model.layers[0].mlp.up_proj.weight.no_weight_decay = True
-    llama.model.register_parameter("gate_no_weight_decay", torch.nn.Parameter(torch.ones(3)))
+    llama.model.register_parameter("vector", torch.nn.Parameter(torch.ones(3)))
     decayed = MixtureTrainer(
         model=llama, args=_arguments(llama, config(), 1, tmp_path)
     ).get_decay_parameter_names(llama)
     assert "model.layers.1.mlp.up_proj.weight" in decayed
-    assert not {"model.layers.0.mlp.up_proj.weight", "model.gate_no_weight_decay", "model.norm.weight"} & set(
-        decayed
+    assert not {"model.layers.0.mlp.up_proj.weight", "model.vector", "model.norm.weight"} & set(decayed)
+
+
+UNDECAYED = {"gamma", "up_bias", "threshold_weight"}
+"""Tensors of two dimensions that are no matrices: gates and biases side by side, a head that is never
+trained."""
+
+
+@pytest.mark.parametrize("name", [n for n in catalog.names() if n not in ("none", "full")])
+def test_what_weight_decay_reaches(name, attached, config, tmp_path):
+    """The optimiser's groups, tensor by tensor: matrices alone, whatever they are called. b1 to b3 of MoA's
+    gate network, prompt gates, thresholds that are not trained and DoRA's magnitudes have none."""
+    model = attached(name)
+    args = _arguments(model, config(name, weight_decay=0.1), 1, tmp_path)
+    trainer = MixtureTrainer(model=model, args=args)
+    trainer.create_optimizer()
+    groups = trainer.optimizer.param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert decay.keys() == {id(p) for p in tensors.values()}
+    for full_name, p in tensors.items():
+        own = full_name.rpartition("__")[2]
+        expected = 0.0 if p.ndim < 2 or own in UNDECAYED else 0.1
+        assert decay[id(p)] == expected, full_name
+    assert ("lora_magnitude" in " ".join(tensors)) == (name == "dora")
+    shipped = {n.rpartition("__")[2] for n in tensors} & {"b1", "b2", "b3", "gamma", "threshold_weight"}
+    assert shipped == MOA.get(name, set())
+
+
+MOA = {
+    "moa_soft": {"b1", "b2", "b3", "gamma"},
+    "moa_sparse": {"b1", "b2", "b3", "threshold_weight"},
+    "moa_instance": {"b1", "b2", "b3", "gamma"},
+    "unipeft": {"gamma"},
+    "naive_sum": {"gamma"},
+}
+
+
+@pytest.mark.parametrize(("grad", "decays"), [("none", False), ("subtract", True), ("ste", True)])
+def test_a_threshold_that_learns_decays(grad, decays):
+    (weight,) = (
+        p
+        for n, p in Router.parse({"kind": "threshold", "grad": grad}, "router").params(8, 3).items()
+        if n == "threshold_weight"
     )
+    assert weight.decay is decays and weight.make(torch.device("cpu")).no_weight_decay is not decays
 
 
 def test_every_row_is_seen_once_a_pass_in_batches_of_like_length():
