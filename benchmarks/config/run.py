@@ -137,10 +137,29 @@ def run_hash(cfg: RunConfig, inputs: Mapping[str, Any] | None = None) -> str:
     included."""
     method = plain(cfg.parsed_method)
     method.pop("data")  # as typed; the rest of a parsed method says the same with every default spelled out
+    if cfg.train.accumulation == 1 and "processes" not in (inputs or {}):
+        method = _of_one_pass(method)
     data = plain(cfg) | {"method": method}
     for section, keys in NOT_IN_HASH.items():
         if keys is None:
             del data[section]
         else:
             data[section] = {k: v for k, v in data[section].items() if k not in keys}
+    if cfg.train.weight_decay:
+        data["train"]["decays"] = "matrices"  # vectors too in runs of older versions, which are other runs
     return digest({"config": data, "inputs": dict(inputs or {})})
+
+
+def _of_one_pass(value: Any) -> Any:
+    """A parsed method as plain data without `batch` of its losses, which says nothing where each optimiser
+    step is one pass."""
+    if isinstance(value, list):
+        return [_of_one_pass(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: {kind: {k: v for k, v in loss.items() if k != "batch"} for kind, loss in entry.items()}
+        if key == "losses"
+        else _of_one_pass(entry)
+        for key, entry in value.items()
+    }
