@@ -34,8 +34,8 @@ class Loss(Part):
     computes one loss from the tokens of all routers together. Published coefficients mean different things,
     so both belong to a method. batch: `global` is the loss of all tokens of an optimiser step, however they
     are cut into forward passes and processes; `micro` that of each forward pass, averaged, as published code
-    computes it. A loss that no sums over tokens make can be `micro` only: its class says so by the type of
-    this field.
+    computes it. A loss of another form can be `micro` alone: its class says so by the type of this field, and
+    why in its docstring.
     """
 
     coef: NonNegative = 0.0
@@ -195,16 +195,21 @@ class ZLoss(Loss):
 @dataclass(frozen=True)
 class LabelCrossEntropy(Loss):
     """`L = mean_b -log softmax(z_b)[label_b]` over sequences b (arXiv 2403.03432 teaches its routers by
-    domain labels; coefficient and mean are ours). Read where the router was given labels, in training."""
+    domain labels; coefficient and mean are ours). Read where the router was given labels, in training.
+
+    batch=micro alone: a mean over sequences, of which every pass of a step has as many, is the mean over
+    passes.
+    """
 
     kind = "label_cross_entropy"
     reduce: Literal["sum", "mean"] = "mean"
+    batch: Literal["micro"] = "micro"
 
     @property
     def reads(self):
         return "labels"
 
-    def per_site(self, routings):
+    def per_site(self, routings, whole=None):
         values = []
         for routing in routings:
             every = slice(None, None, routing.length)  # a decision a sequence

@@ -19,8 +19,8 @@ class Param:
 
     init: `zeros`, `normal` (std = scale), `uniform` (on +-scale), `full` (all scale). trained: a parameter;
     otherwise a buffer, saved, resumed and moved with the parameters, which only rules change. decay=False: an
-    optimiser's weight decay leaves it alone. A vector (one dimension: biases, magnitudes) never has any, as in
-    the official MoA code; to be declared is what is stored in two dimensions and is no matrix.
+    optimiser's weight decay leaves it alone. A vector (one dimension: biases, magnitudes) never has any, as
+    in the official MoA code; to be declared is what is stored in two dimensions and is no matrix.
     """
 
     shape: tuple[int, ...]

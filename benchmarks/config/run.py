@@ -137,9 +137,8 @@ def run_hash(cfg: RunConfig, inputs: Mapping[str, Any] | None = None) -> str:
     included."""
     method = plain(cfg.parsed_method)
     method.pop("data")  # as typed; the rest of a parsed method says the same with every default spelled out
-    if cfg.train.accumulation == 1 and "processes" not in (inputs or {}):
-        method = _of_one_pass(method)
-    data = plain(cfg) | {"method": method}
+    cut = cfg.train.accumulation > 1 or "processes" in (inputs or {})
+    data = plain(cfg) | {"method": _losses_as_they_count(method, cut)}
     for section, keys in NOT_IN_HASH.items():
         if keys is None:
             del data[section]
@@ -150,16 +149,19 @@ def run_hash(cfg: RunConfig, inputs: Mapping[str, Any] | None = None) -> str:
     return digest({"config": data, "inputs": dict(inputs or {})})
 
 
-def _of_one_pass(value: Any) -> Any:
-    """A parsed method as plain data without `batch` of its losses, which says nothing where each optimiser
-    step is one pass."""
+def _losses_as_they_count(value: Any, cut: bool) -> Any:
+    """A parsed method as plain data without `batch` of the losses where it changes nothing: each optimiser
+    step is one pass (not cut), or the coefficient is 0."""
     if isinstance(value, list):
-        return [_of_one_pass(v) for v in value]
+        return [_losses_as_they_count(v, cut) for v in value]
     if not isinstance(value, dict):
         return value
     return {
-        key: {kind: {k: v for k, v in loss.items() if k != "batch"} for kind, loss in entry.items()}
+        key: {
+            kind: {k: v for k, v in loss.items() if k != "batch" or (cut and loss["coef"])}
+            for kind, loss in entry.items()
+        }
         if key == "losses"
-        else _of_one_pass(entry)
+        else _losses_as_they_count(entry, cut)
         for key, entry in value.items()
     }

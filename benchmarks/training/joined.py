@@ -34,7 +34,7 @@ class Joined:
         if len(passes) < 2 or not self.needed:
             return
         trainer, device = self.trainer, self.trainer.args.device
-        trainer.model_wrapped.train()
+        trainer.model_wrapped.train()  # as each pass does before it starts
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             trainer.compute_loss_context_manager(),

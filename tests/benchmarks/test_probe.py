@@ -158,7 +158,7 @@ def test_experts_that_have_learnt_nothing_are_as_alike_as_the_null_says(
     assert metrics["experts/cka_null"] > 0.05
     assert abs(metrics["experts/cka_minus_null"]) < 0.25 * metrics["experts/cka_null"] + 0.02
     values = {(row["site"], row["measure"]): row["value"] for row in probe.rows}
-    for site in {site for site, measure in values if measure == "experts/cka"}:
+    for site in {site for site, name in values if name == "experts/cka"}:
         cka, null, less = (values[site, f"experts/cka{end}"] for end in ("", "_null", "_minus_null"))
         assert less == pytest.approx(cka - null, abs=1e-6)
 

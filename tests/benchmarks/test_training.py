@@ -16,7 +16,9 @@ from moabench.benchmarks import tasks
 from moabench.benchmarks.data import batches
 from moabench.benchmarks.evaluation.evaluate import evaluate
 from moabench.benchmarks.tasks.rows import load_rows
+from moabench.benchmarks.training import step
 from moabench.benchmarks.training import train as training
+from moabench.benchmarks.training.joined import Joined
 from moabench.benchmarks.training.step import answer_nll
 from moabench.benchmarks.training.train import _arguments, encode_rows, train
 from moabench.benchmarks.training.trainer import MixtureTrainer
@@ -165,30 +167,89 @@ def test_an_interrupted_checkpoint_is_passed_over(state, attached, tokenizer, co
 # the loss
 
 
-@pytest.mark.parametrize("name", ["lora", "moe_lora_topk", "mixlora"])
-def test_gradients_do_not_depend_on_accumulation(name, attached, tokenizer, config, tmp_path):
-    """8 sequences at once against 4 times 2: task loss by answer tokens over all 8, auxiliary losses as their
-    mean over passes.
+BALANCED = ["mixlora", "adamole"]
+"""With a balance loss, of the whole model and of each linear."""
 
-    A balance loss is not linear in the batch, so it is compared with the mean of its gradients over the
-    passes of 2.
-    """
-    model = attached(name).eval()  # no dropout: the two runs draw different masks
+
+@pytest.mark.parametrize("name", ["lora", "moe_lora_topk", *BALANCED])
+def test_gradients_do_not_depend_on_accumulation(name, attached, tokenizer, config, tmp_path, monkeypatch):
+    """8 sequences at once against 4 times 2: task loss by answer tokens over all 8, a balance loss by the
+    counts of all their tokens. With batch=micro it is the mean over passes of 2, another gradient."""
+    model = without_dropout(attached(name), monkeypatch)
     examples, _ = encode_rows(tokenizer, rows(config())[:8], config())
     once, parts = (
         gradients(model, config(batch_size=8), examples, tmp_path),
         gradients(model, config(batch_size=2, accumulation=4), examples, tmp_path),
     )
     assert_close(parts["task"], once["task"])
-    if name == "mixlora":
-        expected = {}
-        for i in range(0, 8, 2):
-            for key, value in gradients(model, config(batch_size=2), examples[i : i + 2], tmp_path)[
-                "aux"
-            ].items():
-                expected[key] = expected.get(key, 0) + value / 4
-        assert_close(parts["aux"], expected)
+    if name in BALANCED:
+        assert_close(parts["aux"], once["aux"])
     assert_close(parts["all"], {k: parts["task"][k] + parts["aux"].get(k, 0) for k in parts["all"]})
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_the_published_balance_loss_is_a_mean_over_passes(
+    name, attached, tokenizer, config, tmp_path, monkeypatch
+):
+    model = without_dropout(attached(name, **{"losses.switch_balance.batch": "micro"}), monkeypatch)
+    examples, _ = encode_rows(tokenizer, rows(config())[:8], config())
+    parts, once = (
+        gradients(model, config(batch_size=size, accumulation=8 // size), examples, tmp_path)["aux"]
+        for size in (2, 8)
+    )
+    expected = {}
+    for i in range(0, 8, 2):
+        found = gradients(model, config(batch_size=2), examples[i : i + 2], tmp_path)["aux"]
+        expected = {key: expected.get(key, 0) + value / 4 for key, value in found.items()}
+    assert_close(parts, expected)
+    routers = [key for key in once if "router" in key]
+    assert any((parts[key] - once[key]).norm() > 0.02 * once[key].norm() for key in routers)
+
+
+def test_passes_are_counted_with_the_random_numbers_that_they_draw(
+    attached, tokenizer, config, tmp_path, monkeypatch
+):
+    """What was counted before the passes of a step is what they then are, dropout included; of the random
+    numbers of training nothing is taken."""
+    cfg, met = config("mixlora", batch_size=2, accumulation=3, steps=2), []
+
+    def means(joined):
+        counted = joined.counted
+        return lambda own: met.append((own, counted)) or counted
+
+    monkeypatch.setattr(Joined, "means", property(means))
+    train(attached("mixlora"), tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False)
+    assert len(met) == 6
+    for passes in (met[:3], met[3:]):
+        counted = passes[0][1]
+        assert counted and all(own.keys() == counted.keys() for own, _ in passes)
+        for key, tensors in counted.items():
+            for i, tensor in enumerate(tensors):
+                own = torch.stack([own[key][i] for own, _ in passes])
+                torch.testing.assert_close(own.mean(0), tensor, rtol=1e-6, atol=1e-6)
+                assert not torch.equal(own[0], own[1])
+
+
+def test_a_method_without_such_a_loss_is_asked_once(attached, tokenizer, config, tmp_path, monkeypatch):
+    """One pass shows that nothing is to be counted; weights are those of a training that never asked."""
+    cfg, asked = config("moe_lora_topk", batch_size=2, accumulation=2, steps=3), []
+    original = step.sums
+    monkeypatch.setattr(step, "sums", lambda *args, **kwargs: asked.append(1) or original(*args, **kwargs))
+    ends = []
+    for part in ("a", "b"):
+        model = attached("moe_lora_topk")
+        train(model, tokenizer, rows(cfg), cfg, tmp_path / part, resume=False, progress=False)
+        ends.append(trainable(model))
+        monkeypatch.setattr(Joined, "count", lambda joined, passes: None)
+    assert len(asked) == 1
+    assert_equal(*ends)
+
+
+def without_dropout(model, monkeypatch):
+    """Evaluation mode, which training does not leave: two runs of it draw different masks."""
+    model.eval()
+    monkeypatch.setattr(model, "train", lambda mode=True: model)
+    return model
 
 
 def gradients(model, cfg, examples, folder):
@@ -201,7 +262,7 @@ def gradients(model, cfg, examples, folder):
         trainer.current_gradient_accumulation_steps = steps
         model.zero_grad()
         chunks = [batches.collate(examples[i : i + size], 2) for i in range(0, len(examples), size)]
-        items = sum((chunk["labels"][:, 1:] != -100).sum() for chunk in chunks)
+        chunks, items = trainer.get_batch_samples(iter(chunks), steps, torch.device("cpu"))
         for chunk in chunks:
             losses = {}
             trainer.tally.add = lambda parts, mask, routing, losses=losses: losses.update(parts)
@@ -341,8 +402,8 @@ def test_weight_decay_leaves_out_what_says_so(llama, config, tmp_path):
     assert not {"model.layers.0.mlp.up_proj.weight", "model.vector", "model.norm.weight"} & set(decayed)
 
 
-UNDECAYED = {"gamma", "up_bias", "threshold_weight"}
-"""Tensors of two dimensions that are no matrices: gates and biases side by side, a head that is never
+UNDECAYED = {"gamma", "up_bias", "threshold_weight", "vectors"}
+"""Tensors of two dimensions that are no matrices: gates, biases, factors side by side; a head that is never
 trained."""
 
 
