@@ -55,6 +55,12 @@ SHARE = [*SMALL, "train.batch_size=4"]
 """Of each of two processes."""
 LOSS = {"moe_lora_topk": ["method.losses.switch_balance.coef=0.5"]}
 """By method: a loss that is no mean over tokens, and yet is that of the joint batch."""
+CUT = {"moe_lora_topk": ["train.batch_size=2", "train.accumulation=2"]}
+"""By method: the share of a process in two passes."""
+
+
+def arguments(method):
+    return [f"method={method}", *LOSS.get(method, ()), *SHARE, *CUT.get(method, ())]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,7 @@ def two(tmp_path_factory):
     @functools.cache
     def run(method):
         folder = tmp_path_factory.mktemp(method)
-        done = together(f"method={method}", *LOSS.get(method, ()), *SHARE, cwd=folder)
+        done = together(*arguments(method), cwd=folder)
         assert done.returncode == 0, done.stderr[-3000:]
         return folder
 
@@ -103,7 +109,7 @@ def test_two_processes_train_what_one_does_with_their_batches(method, two, tmp_p
 
 
 def test_a_run_of_several_processes_is_found_again(two):
-    again = together("method=moe_lora_topk", *LOSS["moe_lora_topk"], *SHARE, cwd=two("moe_lora_topk"))
+    again = together(*arguments("moe_lora_topk"), cwd=two("moe_lora_topk"))
     (joint,) = find(two("moe_lora_topk") / "runs")
     assert again.returncode == 0, again.stderr[-2000:]
     assert read_json(joint / "status.json")["attempt"] == 1
