@@ -7,6 +7,7 @@ Values that are undefined are NaN, and get no row.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from moabench.methods import Routing
     from moabench.methods.tuner.sites import Site
 
-DRAWS = 3
-"""Sets of random experts on one linear whose CKA is averaged: with two experts each has one pair."""
+PAIRS = 6
+"""Pairs of random experts on one linear whose CKA is averaged, at least: two experts are drawn six times."""
 
 Values = dict[str, Tensor]
 """Measures by their name."""
@@ -174,7 +175,9 @@ def _alone(site: Site, found: Pass) -> Tensor:
 
 def _null_cka(site: Site, found: Pass) -> Tensor:
     """CKA of experts that have learnt nothing, on these inputs: mean over draws."""
-    draws = DRAWS if has_low_rank(site) else 1  # elsewhere a draw costs a pass of the place for each expert
+    pairs = math.comb(len(site.experts), 2)
+    # elsewhere than on a linear a draw costs a pass of the place for each expert
+    draws = max(1, PAIRS // pairs) if has_low_rank(site) else 1
     drawn = []
     for seed in range(draws):
         with random_experts(site, seed):
