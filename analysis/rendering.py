@@ -68,12 +68,6 @@ def _share(value: float | Interval) -> str:
     return f"{100 * value:.1f}" + ("" if math.isnan(high) else f" ± {50 * (high - low):.1f}")
 
 
-def _ends(value: Interval) -> str:
-    return f"{100 * value.value:.1f}" + (
-        "" if math.isnan(value.low) else f" [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-    )
-
-
 def _points(value: float | Interval) -> str:
     value, low, high = value if isinstance(value, tuple) else (value, math.nan, math.nan)
     return f"{100 * value:+.1f}" + ("" if math.isnan(low) else f" [{100 * low:+.1f}, {100 * high:+.1f}]")
@@ -82,7 +76,6 @@ def _points(value: float | Interval) -> str:
 FORMS: dict[str, Callable[[Any], str]] = {
     "text": shown,
     "share": _share,  # 0.613 -> 61.3; with its interval 61.3 ± 1.2
-    "ends": _ends,  # the same with an interval that is not symmetric: 61.3 [60.2, 62.7]
     "points": _points,  # a difference: +1.2 [-0.4, +2.8]
     "count": lambda value: f"{value:,.0f}",
     "number": lambda value: f"{value:.3g}",
@@ -92,7 +85,7 @@ FORMS: dict[str, Callable[[Any], str]] = {
 }
 """How a value is written."""
 
-SCORES = {"share", "ends", "points"}
+SCORES = {"share", "points"}
 """Forms of which more is better."""
 
 

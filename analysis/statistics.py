@@ -2,9 +2,9 @@
 (S seeds, Q questions).
 
 A seed is one training run, so seeds are what a claim about *methods* rests on: two runs of one method differ
-in accuracy for reasons that no number of questions removes. A test over questions alone (McNemar, paired
-bootstrap) is about two trained *models*; used for methods it calls the same method, trained twice, different
-from itself far more often than in 5 % of cases (tested).
+in accuracy for reasons that no number of questions removes. A test over questions alone (McNemar) is about
+two trained *models*; used for methods it calls the same method, trained twice, different from itself far more
+often than in 5 % of cases (tested).
 
 `compare` therefore adds both sources of variance. With y_sq the answer of seed s to question q, and weights
 that sum to one,
@@ -16,14 +16,18 @@ where V_questions is the variance over questions (clusters of questions that sha
 difference of seed means, and V_cells the part of it that is seed-by-question noise, which V_seeds holds
 already. Two-way clustering: Cameron, Gelbach, Miller 2011, doi 10.1198/jbes.2010.07136; degrees of freedom by
 Satterthwaite, as in Welch's test, which this is when V_questions = V_cells.
+
+Every interval, in tables and plots alike, is Student's: with three seeds, or a few passages, percentiles of a
+bootstrap hold the truth in about 75 to 85 % of cases where they claim 95 (tested). For the same reason there
+is no interquartile mean: that of three seeds is their mean.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -72,66 +76,12 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     return Interval(float(mean), float(mean - half), float(mean + half))
 
 
-def iqm(scores: np.ndarray, axis: int | None = None) -> Any:
-    """Interquartile mean: the mean of what remains when the lowest and the highest quarter (rounded down) are
-    cut. arXiv 2108.13264."""
-    return stats.trim_mean(np.asarray(scores, float), 0.25, axis=axis)
-
-
-def stratified_bootstrap(
-    scores: np.ndarray,
-    statistic: Callable[..., Any] = iqm,
-    level: float = LEVEL,
-    samples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile interval of a statistic of scores [S, T]: seeds are drawn again within each task. arXiv
-    2108.13264.
-
-    statistic: takes an array and the `axis` to reduce, as `iqm` and `np.mean` do.
-    """
-    scores = np.asarray(scores, float)
-    runs, tasks = scores.shape
-    value = float(statistic(scores, axis=None))
-    if runs < 2:
-        return Interval(value, math.nan, math.nan)
-    drawn = np.random.default_rng(seed).integers(runs, size=(samples, runs, tasks))
-    found = statistic(scores[drawn, np.arange(tasks)].reshape(samples, -1), axis=1)
-    return Interval(value, *_percentiles(found, level))
-
-
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     """Exact two-sided p of two models on the same questions: of the questions that one alone answers rightly,
     as many for each."""
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-
-
-def paired_bootstrap(
-    a: np.ndarray,
-    b: np.ndarray,
-    strata: Sequence,
-    clusters: Sequence,
-    level: float = LEVEL,
-    samples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Percentile interval of the difference of two models [Q]: clusters of questions are drawn again, within
-    each stratum (task).
-
-    Strata have equal weight. A cluster is drawn whole; its stratum's mean is over the questions drawn.
-    """
-    difference = np.asarray(a, float) - np.asarray(b, float)
-    rng, drawn, value = np.random.default_rng(seed), 0.0, 0.0
-    groups = _positions(strata)
-    for rows in groups:
-        of = np.unique(np.asarray(clusters)[rows], return_inverse=True)[1]
-        sums, sizes = np.bincount(of, difference[rows]), np.bincount(of)
-        pick = rng.integers(len(sums), size=(samples, len(sums)))
-        drawn = drawn + sums[pick].sum(1) / sizes[pick].sum(1) / len(groups)
-        value += difference[rows].mean() / len(groups)
-    return Interval(value, *_percentiles(drawn, level))
 
 
 def compare(
@@ -224,29 +174,28 @@ class _Layout:
 def _compare_models(
     a: np.ndarray, b: np.ndarray, strata: np.ndarray, clusters: np.ndarray, seeds: tuple[int, int]
 ) -> Comparison:
-    """Over questions alone: exact McNemar, or where questions share passages a t-test with clustered
-    errors."""
-    interval = paired_bootstrap(a, b, strata, clusters)
+    """Over questions alone: Student's interval with clustered errors; p by exact McNemar, or by the same
+    errors where questions share passages."""
     layout = _Layout(strata, clusters)
+    difference, error = float((a - b) @ layout.weights), math.sqrt(layout.between(a - b))
+    interval, p = _student(difference, error, layout.freedom)
     if all(np.bincount(of).max() == 1 for _, of in layout.groups):
         p = mcnemar(a, b)
-    else:
-        error = math.sqrt(layout.between(a - b))
-        p = (
-            2 * float(stats.t.sf(abs(interval.value) / error, layout.freedom))
-            if error
-            else float(interval.value == 0)
-        )
     return Comparison(interval, p, math.nan, math.nan, seeds, len(a), "models")
+
+
+def _student(difference: float, error: float, freedom: float) -> tuple[Interval, float]:
+    """Interval of a difference, and two-sided p that it is 0."""
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
+    p = 2 * float(stats.t.sf(abs(difference) / error, freedom)) if error else float(difference == 0)
+    return Interval(difference, float(difference - half), float(difference + half)), p
 
 
 def _tested(
     difference: float, variance: float, freedom: float, effect: float, seeds: tuple[int, int], questions: int
 ) -> Comparison:
     error = math.sqrt(variance)
-    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
-    p = 2 * float(stats.t.sf(abs(difference) / error, freedom)) if error else float(difference == 0)
-    interval = Interval(difference, float(difference - half), float(difference + half))
+    interval, p = _student(difference, error, freedom)
     return Comparison(interval, p, effect, detectable(error, freedom), seeds, questions, "methods")
 
 
@@ -276,8 +225,3 @@ def _positions(labels: Sequence) -> list[np.ndarray]:
     """Positions of each label."""
     of = np.unique(np.asarray(labels), return_inverse=True)[1]
     return [np.flatnonzero(of == group) for group in range(of.max() + 1)]
-
-
-def _percentiles(found: Sequence[float], level: float) -> tuple[float, float]:
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

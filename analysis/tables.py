@@ -12,18 +12,13 @@ import pandas as pd
 from moabench.benchmarks.run.reading import RESUMED, Study
 
 from .comparing import Entry, Pair, Problem, differences, plain
+from .measures.base import HEADLINES
 from .rendering import Column, Table
-from .statistics import LEVEL, POWER, Interval, iqm, stratified_bootstrap, t_interval
+from .statistics import LEVEL, POWER, Interval, t_interval
 
-HEADLINE = {
-    "max_vio": "MaxVio",
-    "effective_experts": "eff. experts",
-    "mi_minus_null": "MI - null",
-    "expert_cka": "expert CKA",
-    "erank_ratio": "erank ratio",
-}
+HEADLINE = {name: headline.title for name, headline in HEADLINES.items() if name != "expert_cka"}
 """The five measures of a mixture that every leaderboard has, `headline/<name>` in metrics.json; definitions
-in docs/measures.md."""
+in docs/measures.md. The CKA of experts is shown less that of random ones, which depends on the base."""
 
 COST = (
     Column("parameters", "parameters", "count"),
@@ -33,7 +28,7 @@ COST = (
 
 
 def leaderboard(problem: Problem, pairs: list[Pair] | None = None) -> Table:
-    """Entries by accuracy: a column a task, their mean with its interval over seeds, IQM, cost, the five
+    """Entries by accuracy: a column a task, their mean with its interval over seeds, cost, the five
     measures, remarks.
 
     Bold: the highest mean. Underlined: no difference to it is shown, by all pairs with Holm's correction, or
@@ -51,7 +46,7 @@ def leaderboard(problem: Problem, pairs: list[Pair] | None = None) -> Table:
     columns = (
         Column("method", "method"), Column("n", "n", "count"),
         *(Column(title, names[title], "share") for title in titles), Column("mean", "mean", "share"),
-        Column("iqm", "IQM", "ends"), Column("gain", "gain", "points"), *COST,
+        Column("gain", "gain", "points"), *COST,
         *(Column(f"headline/{name}", title, "number") for name, title in HEADLINE.items()),
         Column("remarks", "remarks"),
     )  # fmt: skip
@@ -164,8 +159,6 @@ def _row(
             if entry.seedless
             else t_interval(scores.mean(1))
         )
-        if len(scores) > 1 and scores.size >= 4 and not entry.seedless:
-            row["iqm"] = stratified_bootstrap(scores, iqm)
         base = [entry.mean(f"base/{title}/acc") for title in titles]
         row["gain"] = math.nan if entry.seedless else float(scores.mean() - np.mean(base))
     steps = entry.mean("train/steps")
@@ -209,8 +202,8 @@ def _notes(problem: Problem, finished: list[Entry], rows: list[dict], pairs: lis
         else "not tested against it"
     )
     notes = [
-        f"Accuracy in %; ±: half the {100 * LEVEL:.0f} % interval over n seeds; IQM: interquartile mean over "
-        "tasks and seeds with its bootstrap interval; gain: points over the frozen base. Bold: highest; "
+        f"Accuracy in %; ±: half the {100 * LEVEL:.0f} % interval over n seeds (Student's; none where seeds "
+        "tie); gain: points over the frozen base. Bold: highest; "
         f"underlined: {tested}."
     ]
     unequal = [

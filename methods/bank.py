@@ -9,13 +9,13 @@ tensors, and moabench.kernels does the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .lazy import Lazy
 from .params import Param
-from .spec import ConfigError, Count, NonNegative, Part, Share
+from .spec import LATER, ConfigError, Count, NonNegative, Part, Share
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ class LinearExperts(Experts):
     alpha: NonNegative = 8.0
     rslora: bool = False
     dropout: Share = 0.0
-    gate_grad: Literal["plain", "sqrt"] = "plain"
+    gate_grad: Literal["plain", "sqrt"] = field(default="plain", metadata=LATER)
 
     @property
     def places(self) -> tuple[str, ...]:

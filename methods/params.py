@@ -18,13 +18,16 @@ class Param:
     """Shape and initial distribution of one tensor.
 
     init: `zeros`, `normal` (std = scale), `uniform` (on +-scale), `full` (all scale). trained: a parameter;
-    otherwise a buffer, saved, resumed and moved with the parameters, which only rules change.
+    otherwise a buffer, saved, resumed and moved with the parameters, which only rules change. decay=False: an
+    optimiser's weight decay leaves it alone. A vector (one dimension: biases, magnitudes) never has any, as
+    in the official MoA code; to be declared is what is stored in two dimensions and is no matrix.
     """
 
     shape: tuple[int, ...]
     init: str = "zeros"
     scale: float = 1.0
     trained: bool = True
+    decay: bool = True
 
     def make(self, device: torch.device) -> torch.Tensor:
         """The tensor in fp32 on `device`, a Parameter where it is trained; draws from torch's global
@@ -37,7 +40,11 @@ class Param:
             init.uniform_(data, -self.scale, self.scale)
         else:
             init.constant_(data, self.scale if self.init == "full" else 0.0)
-        return torch.nn.Parameter(data) if self.trained else data
+        if not self.trained:
+            return data
+        made = torch.nn.Parameter(data)
+        made.no_weight_decay = not self.decay or len(self.shape) < 2
+        return made
 
 
 def linear_default(out: int, fan_in: int) -> Param:

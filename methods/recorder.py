@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .losses import Loss
+from .losses import Loss, auxiliary
 from .routing import Routing
 
 
@@ -82,15 +82,7 @@ class Recorder:
     def losses(self) -> dict[str, Tensor]:
         """Auxiliary losses by kind, each already multiplied by its coefficient; kinds whose coefficient is 0
         are left out."""
-        groups: dict[tuple[str, Loss], list[Routing]] = {}
-        for _, routing, losses in self.entries:
-            for kind, loss in losses.items():
-                if loss.coef > 0:
-                    groups.setdefault((kind, loss), []).append(routing)
-        total: dict[str, Tensor] = {}
-        for (kind, loss), routings in groups.items():
-            total[kind] = total[kind] + loss(routings) if kind in total else loss(routings)
-        return total
+        return auxiliary(self.entries)
 
 
 def _join(routings: list[Routing]) -> Routing:

@@ -20,6 +20,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+LATER = {"later": True}
+"""Metadata of a field that came after runs were made: at its default it is in no run's hash, so that they are
+still found."""
+
 
 class ConfigError(ValueError):
     """A config value that cannot be used. The message names key, value, expectation and, where one is near,

@@ -10,8 +10,8 @@ Which share for which mixture: sparse mixtures (top-k, threshold, top-p) have as
 it does and must not be reported: use `importance`, for gates that do not sum to one (sigmoid) the importance
 of `membership`.
 
-Sampling floor: a perfectly uniform router with N independent assignments has a CV of about sqrt((E-1)/N), see
-`cv_floor`.
+Sampling floor: a perfectly uniform router with N assignments, k distinct experts a token, has a CV of about
+sqrt((E-k)/N), see `cv_floor` and, for the other measures, `floors`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from .base import measured, reported
 
 
 def assignment_share(assignments: Tensor) -> Tensor:
@@ -58,41 +60,56 @@ def activated_parameters(usage: Tensor, sizes: Tensor) -> Tensor:
     return (usage * sizes.double()).sum(-1)
 
 
+@reported("load/cv", "high", of="share")
 def cv(share: Tensor) -> Tensor:
     """Coefficient of variation `std(f) / mean(f)` (population std), 0 .. sqrt(E-1). Squared, the loss of
     arXiv 1701.06538."""
     return share.std(-1, correction=0) / share.mean(-1)
 
 
-def cv_floor(experts: int, assignments: int) -> float:
-    """CV that a uniform router shows by chance, `sqrt((E-1)/N)`; correlated tokens of a sequence raise it."""
-    return math.sqrt((experts - 1) / assignments)
+def cv_floor(experts: int, assignments: int, k: int = 1) -> float:
+    """CV that a uniform router shows by chance, `sqrt((E - k) / N)`, N assignments of k distinct experts a
+    token.
+
+    The choices of a token exclude each other, so the counts vary less than those of N independent draws: by
+    sqrt((E - k) / (E - 1)). Correlated tokens of a sequence raise it.
+    """
+    return math.sqrt((experts - k) / assignments)
 
 
-def floors(experts: int, assignments: int, draws: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Mean of every measure of `BALANCE` for a uniform router with N independent assignments, by simulation:
-    what chance alone shows."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = torch.stack(
-        [
-            torch.randint(experts, (assignments,), generator=generator).bincount(minlength=experts)
-            for _ in range(draws)
-        ]
-    )
+def floors(experts: int, assignments: int, k: int = 1, draws: int = 1000, seed: int = 0) -> dict[str, float]:
+    """Mean of every measure of one load share for a uniform router that sends each token to k distinct
+    experts, N assignments in all, by simulation: what chance alone shows.
+
+    assignments: N, k for each token. For a measure of a batch (`max_vio_batch`) that of one batch.
+    """
+    generator, tokens = torch.Generator().manual_seed(seed), assignments // k
+
+    def drawn() -> Tensor:
+        if k == 1:
+            return torch.randint(experts, (tokens,), generator=generator)
+        return torch.rand(tokens, experts, generator=generator).topk(k).indices.flatten()
+
+    counts = torch.stack([drawn().bincount(minlength=experts) for _ in range(draws)])
     return {name: value.mean().item() for name, value in measures(assignment_share(counts)).items()}
 
 
+@reported("load/max_vio", "high", "global: of the load summed over all tokens counted", of="share")
+@reported("load/max_vio_batch", "high", "batch: of the load of each forward pass, averaged")
+@reported("load/contribution_max_vio", "high", "of the `contribution` load")
 def max_vio(share: Tensor) -> Tensor:
     """`max_e f_e E - 1`, 0 .. E-1. Loss-free balancing, arXiv 2408.15664. Global over a set, or per batch and
-    then averaged."""
+    then averaged, which is higher: fewer tokens are further from even by chance alone."""
     return share.amax(-1) * share.shape[-1] - 1
 
 
+@reported("load/max_share", "high", of="share")
 def max_share(share: Tensor) -> Tensor:
     """`max_e f_e`, 1/E .. 1."""
     return share.amax(-1)
 
 
+@reported("load/gini", "high", of="share")
 def gini(share: Tensor) -> Tensor:
     """`sum_i (2i - E - 1) f_(i) / E`, f ascending, 0 .. (E-1)/E."""
     experts = share.shape[-1]
@@ -105,6 +122,7 @@ def entropy(share: Tensor) -> Tensor:
     return torch.special.entr(share).sum(-1)
 
 
+@reported("load/entropy", "low", of="share")
 def normalised_entropy(share: Tensor) -> Tensor:
     """`H(f) / ln E`, 0 .. 1; 1 for a single expert, which cannot be unbalanced."""
     return (
@@ -112,48 +130,48 @@ def normalised_entropy(share: Tensor) -> Tensor:
     )
 
 
+@reported("load/effective_experts", "low", of="share")
+@reported("load/contribution_effective_experts", "low", "of the `contribution` load")
 def effective_experts(share: Tensor) -> Tensor:
     """`exp H(f)`, 1 .. E: as many equally loaded experts have this entropy."""
     return entropy(share).exp()
 
 
-def dead_share(assignments: Tensor) -> Tensor:
-    """Share of experts with no assignment in the window of tokens that was counted, 0 .. 1."""
-    return (assignments == 0).double().mean(-1)
-
-
+@reported("load/rare_share", "high", of="share")
 def rare_share(share: Tensor) -> Tensor:
     """Share of experts with `f_e < 0.1 / E`, 0 .. 1."""
     rare = (share < 0.1 / share.shape[-1]).double().mean(-1)
     return rare.masked_fill(share.isnan().any(-1), math.nan)
 
 
+@reported("load/gate_mass", of="weights tokens")
+def gate_mass(weight_sums: Tensor, tokens: Tensor) -> Tensor:
+    """`mean_t sum_e w_te`, >= 0: sum of the weights of a token. weight_sums [..., E], tokens [...]."""
+    return weight_sums.sum(-1) / tokens
+
+
+@reported("load/dead_share", "high", of="assignments tokens")
+def dead_share(assignments: Tensor, tokens: Tensor) -> Tensor:
+    """Share of experts with no assignment in the window of tokens that was counted, 0 .. 1."""
+    return (assignments == 0).double().mean(-1).masked_fill(tokens == 0, math.nan)
+
+
+@reported("load/mean_active", of="assignments tokens")
+def mean_active(assignments: Tensor, tokens: Tensor) -> Tensor:
+    """`mean_t k_t = sum_e u_e`, 0 .. E: experts a token uses."""
+    return usage(assignments, tokens).sum(-1)
+
+
+@reported("load/dropped_share", "high", of="idle tokens")
 def dropped_share(idle: Tensor, tokens: Tensor) -> Tensor:
     """Share of tokens that no expert serves (thresholds, capacity, null experts), 0 .. 1. idle, tokens:
     [...]."""
     return idle.double() / tokens.double()
 
 
-def mean_active(assignments: Tensor, tokens: Tensor) -> Tensor:
-    """`mean_t k_t = sum_e u_e`, 0 .. E: experts a token uses."""
-    return usage(assignments, tokens).sum(-1)
-
-
-BALANCE = {
-    "cv": cv,
-    "max_vio": max_vio,
-    "max_share": max_share,
-    "gini": gini,
-    "entropy": normalised_entropy,
-    "effective_experts": effective_experts,
-    "rare_share": rare_share,
-}
-"""Measures of one share vector, by the name under which results report them."""
-
-
 def measures(share: Tensor) -> dict[str, Tensor]:
-    """Every measure of `BALANCE` of share [..., E]."""
-    return {name: measure(share) for name, measure in BALANCE.items()}
+    """Every measure of one load share [..., E], by its name without the family."""
+    return {name.removeprefix("load/"): value for name, value in measured(share=share).items()}
 
 
 def _share(sums: Tensor) -> Tensor:

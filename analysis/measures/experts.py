@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .base import reported
+
 ENERGY = 0.9
 """Share of an update's squared norm that its leading directions hold; the rest are unused rank rows."""
 ZERO = 1e-8
@@ -39,6 +41,7 @@ def norms(outputs: Tensor) -> Tensor:
     return outputs.norm(dim=-1).T
 
 
+@reported("experts/output_cosine", "high", "mean off the diagonal")
 def output_cosine(outputs: Tensor) -> Tensor:
     """`mean_t cos(o_ti, o_tj)` [E, E], -1 .. 1, over the tokens where both are no zero (norm >= 1e-8); NaN
     without such tokens."""
@@ -49,11 +52,15 @@ def output_cosine(outputs: Tensor) -> Tensor:
     return (flat @ flat.T) / (there.T @ there)
 
 
+@reported("experts/zero_share", "high", "mean over experts")
 def zero_share(outputs: Tensor) -> Tensor:
     """Share of tokens [E] for which an expert's output is zero; 1 for LoRA at its start."""
     return (norms(outputs) < ZERO).double().mean(0)
 
 
+@reported("experts/cka", "high", "debiased, mean off the diagonal")
+@reported("experts/cka_null", None, "of random experts: the same inputs, kinds, ranks and scale")
+@reported("experts/cka_minus_null", "high", "`experts/cka` less `experts/cka_null`: alike beyond inputs")
 def cka(outputs: Tensor, debiased: bool = True) -> Tensor:
     """Linear CKA of every pair [E, E]: `HSIC(K_i, K_j) / sqrt(HSIC(K_i, K_i) HSIC(K_j, K_j))`, K_i = O_i
     O_i^T. arXiv 1905.00414.
@@ -111,6 +118,7 @@ def weight_products(a: Tensor, b: Tensor, owner: Tensor) -> Tensor:
     return member.T @ rows @ member
 
 
+@reported("experts/weight_cosine", "high", "mean off the diagonal; low-rank experts on one linear")
 def weight_cosine(a: Tensor, b: Tensor, owner: Tensor) -> Tensor:
     """Cosine of updates [E, E], -1 .. 1; NaN for an update of zero."""
     products = weight_products(a, b, owner)
@@ -131,6 +139,8 @@ def directions(a: Tensor, b: Tensor, energy: float = ENERGY) -> tuple[Tensor, Te
     return s, left.Q @ u[:, :m], right.Q @ v.T[:, :m]
 
 
+@reported("experts/overlap_in", "high", "of leading input directions; the same experts")
+@reported("experts/overlap_out", "high", "of leading output directions; the same experts")
 def overlap(u: Tensor, v: Tensor) -> Tensor:
     """`|U^T V|_F^2 / min(r_u, r_v)`, 0 .. 1, of two orthonormal bases [d, r]. LoRA, arXiv 2106.09685, sec.
     7.2. NaN for an empty one."""
@@ -169,6 +179,9 @@ def spectrum(x: Tensor, centre: bool = True) -> Tensor:
     return torch.where(squares > noise, squares, 0.0).sqrt().flip(-1)
 
 
+@reported("experts/output_erank", "low", "of each expert's centred outputs, mean over experts")
+@reported("experts/update_erank", "low", "of each expert's update, mean over experts; the same experts")
+@reported("representation/router_erank", "low", "of the weight of a linear router")
 def effective_rank(s: Tensor) -> Tensor:
     """`exp(-sum s^ ln s^)` [...], 1 .. rank, s^ = singular values [..., r] over their sum. Roy and Vetterli
     2007. NaN for a zero matrix."""

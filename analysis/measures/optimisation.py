@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from .base import reported
+
 
 def gradient_cosine(gradients: Tensor) -> Tensor:
     """`cos(g_a, g_b)` [G, G], -1 .. 1, of task gradients [G, P]; below 0: a conflict. NaN for a zero one.
@@ -51,6 +53,7 @@ def zero_gradient_share(norms: Tensor) -> Tensor:
     return (norms == 0).double().mean(0)
 
 
+@reported("routing/logsumexp", None, "mean over tokens")
 def logsumexp(logits: Tensor) -> Tensor:
     """`ln sum_e exp z_te` [...]: scale of a router's scores [..., E]."""
     return logits.logsumexp(-1)

@@ -11,9 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from .base import reported
 from .experts import cka, effective_rank, spectrum
 
 
+@reported("representation/rc", None, "token-level routers", of="read membership")
 def within_between(x: Tensor, membership: Tensor) -> Tensor:
     """`RC = tr(S_W S_B^+)`, >= 0, smaller = more collapsed: router inputs within experts against between
     them. X-MoE, arXiv 2204.09179, eq. 10; RC / K is NC1 of neural collapse, arXiv 2008.08186.
@@ -42,6 +44,7 @@ def within_between(x: Tensor, membership: Tensor) -> Tensor:
     return (inverse @ inverse * inner.T).sum()
 
 
+@reported("representation/rc_shuffled", None, "token-level routers", of="read membership")
 def shuffled_within_between(x: Tensor, membership: Tensor, shuffles: int = 5, seed: int = 0) -> Tensor:
     """Mean `within_between` with the memberships shuffled over tokens: what routing unrelated to x gives at
     this N."""
@@ -50,28 +53,34 @@ def shuffled_within_between(x: Tensor, membership: Tensor, shuffles: int = 5, se
     return torch.stack([within_between(x, membership[order]) for order in orders]).mean()
 
 
+@reported("representation/clustering", None, "token-level routers")
 def clustering(rc: Tensor, shuffled: Tensor) -> Tensor:
     """`ln(RC_shuffled / RC)`: 0 where routing is unrelated to geometry, large where tokens are clustered by
     expert."""
     return (shuffled / rc).log()
 
 
+@reported("representation/drift_cka", "low", of="hidden frozen")
 def drift_cka(on: Tensor, off: Tensor) -> Tensor:
     """Debiased linear CKA of hidden states [T, d] with and without the adapter, 1 = the same up to rotation
     and scale. arXiv 1905.00414."""
     return cka(torch.stack([on, off]))[0, 1]
 
 
+@reported("representation/drift_norm", "high", of="hidden frozen")
 def drift_norm(on: Tensor, off: Tensor) -> Tensor:
     """`|X_on - X_off|_F / |X_off|_F`, >= 0: how far tuning moved the hidden states."""
     return (on.double() - off.double()).norm() / off.double().norm()
 
 
+@reported("representation/erank", "low", "of hidden states after each probed layer")
+@reported("representation/erank_ratio", "low", "with the adapter over without")
 def erank(x: Tensor) -> Tensor:
     """Effective rank of centred hidden states, 1 .. min(T, d). Roy and Vetterli 2007."""
     return effective_rank(spectrum(x))
 
 
+@reported("representation/token_similarity", "high", of="hidden")
 def token_similarity(x: Tensor) -> Tensor:
     """Mean cosine over all pairs of different tokens, `(|sum_t x^_t|^2 - T) / (T (T - 1))`, -1 .. 1:
     anisotropy. arXiv 1909.00512."""
@@ -80,6 +89,7 @@ def token_similarity(x: Tensor) -> Tensor:
     return (unit.sum(0).square().sum() - unit.square().sum()) / (count * (count - 1))
 
 
+@reported("representation/over_smoothing", "high", of="sequences real")
 def over_smoothing(x: Tensor, real: Tensor) -> Tensor:
     """Mean cosine of tokens to the mean of their sequence, -1 .. 1. x [B, L, d]; real [B, L] bool."""
     weight = real.double().unsqueeze(-1)
@@ -87,6 +97,7 @@ def over_smoothing(x: Tensor, real: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(x.double(), means, dim=-1)[real].mean()
 
 
+@reported("representation/span_share", None, "linear routers", of="read router")
 def span_share(x: Tensor, w: Tensor) -> Tensor:
     """`|P_W X|_F^2 / |X|_F^2`, 0 .. 1: share of hidden states x [T, d] within the span of the router's rows w
     [E, d]; random: rank / d.
@@ -98,6 +109,7 @@ def span_share(x: Tensor, w: Tensor) -> Tensor:
     return (x.double() @ basis.T).square().sum() / x.double().square().sum()
 
 
+@reported("representation/router_cosine", "high", "linear routers", of="router")
 def row_cosine(w: Tensor) -> Tensor:
     """Mean `|cos|` between different rows of the router w [E, d], 0 .. 1."""
     unit = torch.nn.functional.normalize(w.double(), dim=-1)

@@ -16,18 +16,21 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .balance import entropy, membership, normalised_entropy
+from .base import reported
 from .specialisation import mutual_information
 
 BINS = 64
 """Bins of a histogram over 0 .. 1."""
 
 
+@reported("load/router_entropy", None, "mean over tokens")
 def router_entropy(probs: Tensor) -> Tensor:
     """`H_t = -sum_e p_te ln p_te / ln E` [..., T], 0 .. 1, of rows that sum to one. Low beside an even load:
     specialised."""
     return normalised_entropy(probs)
 
 
+@reported("load/decisiveness", "low", of="mean_probs mean_entropy")
 def decisiveness(mean_probs: Tensor, mean_entropy: Tensor) -> Tensor:
     """`I(expert; token) = H(mean_t p) - mean_t H(p_t)` in nats, 0 for a constant router of any kind, at most
     ln E.
@@ -50,6 +53,8 @@ def histogram(values: Tensor, weights: Tensor) -> Tensor:
     return flat.view(*values.shape[:-1], BINS)
 
 
+@reported("routing/entropy_q10", None, "10 % quantile of `router_entropy`")
+@reported("routing/entropy_q90", None, "90 % quantile of `router_entropy`")
 def quantile(counts: Tensor, q: float) -> Tensor:
     """The q-quantile [...] of a histogram [..., BINS], even within a bin, so it is exact to 1 / BINS; NaN
     where nothing was counted."""
@@ -63,6 +68,7 @@ def quantile(counts: Tensor, q: float) -> Tensor:
     return torch.where(total > 0, found, math.nan).squeeze(-1)
 
 
+@reported("routing/margin_q10", "low", "10 % quantile, of probabilities, where k is fixed and below E")
 def margin(scores: Tensor, k: int) -> Tensor:
     """Score of the k-th expert minus that of the (k+1)-th, [..., T], >= 0: how fragile a top-k choice is.
     Needs k < E."""
@@ -88,12 +94,14 @@ def coactivation(counts: Tensor) -> Tensor:
     return counts.double() / counts.double().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
 
 
+@reported("routing/coactivation", None, "sparse mixtures", of="together")
 def coactivation_peak(counts: Tensor) -> Tensor:
     """`mean_i max_{j != i} C_ij`, 0 .. 1, over the experts that are used: how much experts come in pairs."""
     pairs = coactivation(counts) - torch.eye(counts.shape[-1], device=counts.device)  # the diagonal is 1
     return pairs.amax(-1).nanmean(-1)
 
 
+@reported("routing/coactivation_excess", "high", "sparse mixtures", of="together tokens")
 def coactivation_excess(counts: Tensor, tokens: Tensor) -> Tensor:
     """`mean_i max_{j != i} (C_ij - u_j)`, u_j = N_jj / T the usage of j, -1 .. 1: 0 where experts are used
     independently."""
@@ -110,6 +118,7 @@ def coactivation_cosine(counts: Tensor) -> Tensor:
     return counts.double() / (norms.unsqueeze(-1) * norms.unsqueeze(-2))
 
 
+@reported("routing/saturation", None, "of each probe with the last; 1 - `total_variation` unless k is fixed")
 def agreement(before: Tensor, after: Tensor) -> Tensor:
     """`mean_t |S_t cap S'_t| / |S_t|` [...], 0 .. 1, of two choices [..., T, E] bool on the same tokens; of
     top-k with fixed k.
@@ -119,6 +128,7 @@ def agreement(before: Tensor, after: Tensor) -> Tensor:
     return ((before & after).sum(-1) / before.sum(-1)).double().mean(-1)
 
 
+@reported("routing/fluctuation", None, "since the probe before; `total_variation` unless k is fixed")
 def fluctuation(before: Tensor, after: Tensor) -> Tensor:
     """`RF = 1 - mean_t |S_t cap S'_t| / k` [...], 0 .. 1; for k = 1 the share of tokens whose expert changed.
     X-MoE, arXiv 2204.09179."""
@@ -161,6 +171,7 @@ def affinity(before: Tensor, after: Tensor) -> Tensor:
     return joint / joint.sum(-1, keepdim=True)
 
 
+@reported("routing/affinity", None, "with the same place one layer before")
 def affinity_information(before: Tensor, after: Tensor) -> Tensor:
     """`I(e_l; e_{l+1}) / ln E`, 0 .. 1 for as many experts in both layers: how much one layer's choice tells
     of the next's."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .balance import entropy
+from .base import reported
 
 
 def class_counts(counts: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -43,6 +44,10 @@ def mutual_information(table: Tensor) -> Tensor:
     return entropy(table.sum(-1)) + entropy(table.sum(-2)) - entropy(table.flatten(-2))
 
 
+@reported("specialisation/task_mi", None, "with the task of each sequence")
+@reported("specialisation/task_mi_minus_null", "low", "with the task of each sequence, minus the null")
+@reported("specialisation/skill_mi", None, "with the skill of each sequence")
+@reported("specialisation/skill_mi_minus_null", "low", "with the skill of each sequence, minus the null")
 def information_share(table: Tensor) -> Tensor:
     """`I / min(H(E), H(class))` [...], 0 .. 1; 0 where either has no entropy, since then there is nothing to
     tell."""
@@ -57,6 +62,8 @@ def miller_madow(experts: int, classes: int, sequences: int) -> float:
     return (experts - 1) * (classes - 1) / (2 * sequences)
 
 
+@reported("specialisation/task_mi_null", None, "with the task of each sequence")
+@reported("specialisation/skill_mi_null", None, "with the skill of each sequence")
 def shuffled_information(
     counts: Tensor, labels: Tensor, classes: int, shuffles: int = 20, seed: int = 0
 ) -> Tensor:
@@ -83,6 +90,7 @@ def token_counts(weights: Tensor, ids: Tensor, vocabulary: int) -> Tensor:
     )
 
 
+@reported("specialisation/vocabulary", None, "last probe")
 def vocabulary_specialisation(counts: Tensor, at_least: int = 8) -> Tensor:
     """Mean over token ids v seen `at_least` times of `max_e N_{v,e} / N_v`, 1/E .. 1; NaN without such ids.
     OLMoE, arXiv 2409.02060.
@@ -94,6 +102,8 @@ def vocabulary_specialisation(counts: Tensor, at_least: int = 8) -> Tensor:
     return (often.amax(-1) / often.sum(-1)).mean() if len(often) else torch.tensor(math.nan)
 
 
+@reported("specialisation/token_id", None, "last probe")
+@reported("specialisation/token_id_null", None, "with the ids shuffled")
 def token_id_share(counts: Tensor) -> Tensor:
     """`I(E; token id) / H(E)`, 0 .. 1, of counts [V, E]: near 1 the router is a hash of the token.
 

@@ -9,23 +9,27 @@ import matplotlib as mpl
 import pandas as pd
 
 from moabench.analysis.comparing import Problem
+from moabench.analysis.statistics import LEVEL
 
 from .style import STYLE, Plot, band, legend_below, log_ticks, numbers, panels, routed
 
 LOAD = {
     "load/entropy": "evenness of the load, H(f) / ln E",
-    "load/max_vio": "MaxVio",
+    "load/max_vio": "MaxVio of the tokens since the last step",
     "load/router_entropy": "router entropy, / ln E",
 }
 COLLAPSE = {
-    "experts/cka": "CKA between experts",
+    "experts/cka_minus_null": "CKA of experts, less that of random ones",
     "experts/output_cosine": "cosine between experts' outputs",
     "experts/overlap_out": "overlap of experts' output spaces",
     "representation/erank_ratio": "effective rank of hidden states, on / off",
     "routing/fluctuation": "tokens that changed expert",
     "experts/output_erank": "effective rank of experts' outputs",
 }
-BAND = "Lines: mean over seeds; bands: lowest to highest seed."
+BAND = (
+    f"Lines: mean over seeds; bands: {100 * LEVEL:.0f} % interval over seeds (Student's), cut where the "
+    "panel ends, which is as tall as the seeds need."
+)
 
 
 def learning(problem: Problem) -> list[Plot]:
@@ -57,8 +61,8 @@ def collapse(problem: Problem) -> list[Plot]:
     ).reset_index()
     return _curves(
         problem, wide, COLLAPSE, "collapse", "Collapse over training",
-        "Mean over probed sites, on the same tokens for every entry and seed. High CKA, cosine and overlap: "
-            f"experts are alike. Definitions: docs/measures.md. {BAND}",
+        "Mean over probed sites, on the same tokens for every entry and seed. CKA above 0, high cosine and "
+            f"overlap: experts are alike. Definitions: docs/measures.md. {BAND}",
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from moabench.analysis.comparing import Entry, Problem
+from moabench.analysis.statistics import t_interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F6000")
 MARKERS = "osD^vPX*<>"
@@ -96,7 +97,8 @@ def look(number: int) -> dict[str, Any]:
 
 
 def band(axis: Axes, rows: pd.DataFrame, column: str, number: int, label: str) -> None:
-    """Mean over runs of a column by step, with a band from the lowest to the highest run."""
+    """Mean over runs of a column by step, with its interval over runs as a band. The panel is as tall as the
+    runs need: with two or three of them the interval may be much wider, and is cut there."""
     table = rows.pivot_table(index="step", columns="run", values=column, aggfunc="mean").dropna()
     style = look(number)
     every = max(1, len(table) // 8)
@@ -110,8 +112,14 @@ def band(axis: Axes, rows: pd.DataFrame, column: str, number: int, label: str) -
         **style,
     )
     if table.shape[1] > 1:
+        ends = [t_interval(values)[1:] for values in table.to_numpy()]
+        seen = axis.dataLim.frozen()
         axis.fill_between(
-            table.index, table.min(axis=1), table.max(axis=1), color=style["color"], alpha=0.15, linewidth=0
+            table.index, *zip(*ends, strict=True), color=style["color"], alpha=0.15, linewidth=0
+        )
+        axis.dataLim.set(seen)  # the band does not stretch the panel, the runs do
+        axis.update_datalim(
+            [(table.index[0], value) for value in (table.min(axis=None), table.max(axis=None))]
         )
 
 

@@ -8,17 +8,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from moabench.methods.spec import LATER
+
+__all__ = ["LATER", "digest", "plain"]
+
 NOT_IN_HASH = {
     "runs_dir": None, "keep": None, "retry": None, "experiment": None, "logger": None, "quiet": None,
     "traceback": None, "threads": None,
     "shard": None, "train": {"log_every", "save_every", "halve"}, "data": {"allow_cut"},
 }  # fmt: skip
 """What cannot change the result: whole sections (None) or some of their keys."""
-
-
-LATER = {"later": True}
-"""Metadata of a field that came after runs were made: at its default it is in no hash, so that they are still
-found."""
 
 
 def digest(data: Any) -> str:
@@ -47,4 +46,5 @@ def plain(value: Any, hashed: bool = False) -> Any:
 
 def _later(value: Any, field: dataclasses.Field) -> bool:
     """Whether a field of `value` says what was so before there was the field."""
-    return field.metadata.get("later", False) and getattr(value, field.name) == field.default
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return field.metadata.get("later", False) and getattr(value, field.name) == default

@@ -157,10 +157,31 @@ def run_hash(cfg: RunConfig, inputs: Mapping[str, Any] | None = None) -> str:
     included."""
     method = plain(cfg.parsed_method, hashed=True)
     method.pop("data")  # as typed; the rest of a parsed method says the same with every default spelled out
-    data = plain(cfg, hashed=True) | {"method": method}
+    cut = cfg.train.accumulation > 1 or "processes" in (inputs or {})
+    data = plain(cfg, hashed=True) | {"method": _losses_as_they_count(method, cut)}
     for section, keys in NOT_IN_HASH.items():
         if keys is None:
             del data[section]
         else:
             data[section] = {k: v for k, v in data[section].items() if k not in keys}
+    if cfg.train.weight_decay:
+        data["train"]["decays"] = "matrices"  # vectors too in runs of older versions, which are other runs
     return digest({"config": data, "inputs": dict(inputs or {})})
+
+
+def _losses_as_they_count(value: Any, cut: bool) -> Any:
+    """A parsed method as plain data without `batch` of the losses where it changes nothing: each optimiser
+    step is one pass (not cut), or the coefficient is 0."""
+    if isinstance(value, list):
+        return [_losses_as_they_count(v, cut) for v in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: {
+            kind: {k: v for k, v in loss.items() if k != "batch" or (cut and loss["coef"])}
+            for kind, loss in entry.items()
+        }
+        if key == "losses"
+        else _losses_as_they_count(entry, cut)
+        for key, entry in value.items()
+    }

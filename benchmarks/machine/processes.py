@@ -3,8 +3,8 @@ one model on several devices (DDP).
 
 Every process holds the model, takes its share of each step (`train.batch_size` is that of one process), and
 evaluates everything, so that all of them agree on what comes next. The first one holds the run folder and
-writes it. An auxiliary loss that is no mean over tokens, as the balance loss, is taken for the tokens of each
-process and averaged.
+writes it. A balance loss is that of the tokens of all processes (`batch=global` of its options), or the mean
+of each one's own (`micro`).
 
 With `shard=true` each process keeps only its part of the frozen base (FSDP2): a decoder layer's weights are
 gathered when the layer runs, forward and backward, and let go afterwards. What is trained, a small part, is

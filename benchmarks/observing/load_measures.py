@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moabench.analysis.measures import balance, specialisation
 from moabench.analysis.measures import routing as measure
-from moabench.analysis.measures.catalog import over_sites
+from moabench.analysis.measures.catalog import measured, over_sites
 
 from .load import LoadCounts, SiteCounts, fetch, sequence_counts
 
@@ -66,29 +66,24 @@ def _measures(sums: SiteCounts) -> dict[str, Tensor]:
     """Every load and routing measure [S] of one group on the host."""
     v, tokens = sums.values, sums.values["tokens"].double()
     share = balance.importance(v["members"]) if sums.soft else balance.assignment_share(v["assignments"])
-    found = {f"load/{name}": value for name, value in balance.measures(share).items()}
+    found = measured(share=share)
     found["load/max_vio_batch"] = v["max_vio"] / v["batches"]
-    found["load/gate_mass"] = v["weights"].sum(-1) / tokens
+    found |= measured(weights=v["weights"], tokens=tokens)
     if not sums.soft:
-        found["load/dead_share"] = balance.dead_share(v["assignments"]).masked_fill(
-            v["tokens"] == 0, math.nan
-        )
-        found["load/mean_active"] = balance.mean_active(v["assignments"], v["tokens"])
-        found["load/dropped_share"] = balance.dropped_share(v["idle"], v["tokens"])
+        found |= measured(assignments=v["assignments"], idle=v["idle"], tokens=v["tokens"])
     if "probs" in v:
         mean_entropy, experts = v["entropy"] / tokens, v["probs"].shape[-1]
         found["load/router_entropy"] = (
             mean_entropy / math.log(experts) if experts > 1 else torch.ones_like(mean_entropy)
         )
-        found["load/decisiveness"] = measure.decisiveness(v["probs"] / tokens.unsqueeze(-1), mean_entropy)
+        found |= measured(mean_probs=v["probs"] / tokens.unsqueeze(-1), mean_entropy=mean_entropy)
     for bins, q in (("entropy_bins", 0.1), ("entropy_bins", 0.9), ("margin_bins", 0.1)):
         if bins in v:
             found[f"routing/{bins.removesuffix('_bins')}_q{100 * q:.0f}"] = measure.quantile(v[bins], q)
     if "logsumexp" in v:
         found["routing/logsumexp"] = v["logsumexp"] / tokens
     if "together" in v:
-        found["routing/coactivation"] = measure.coactivation_peak(v["together"])
-        found["routing/coactivation_excess"] = measure.coactivation_excess(v["together"], tokens)
+        found |= measured(together=v["together"], tokens=tokens)
     return found
 
 

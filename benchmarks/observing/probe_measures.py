@@ -7,6 +7,10 @@ Values that are undefined are NaN, and get no row.
 
 from __future__ import annotations
 
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 
 from moabench.analysis.measures import balance, experts, representation, specialisation
 from moabench.analysis.measures import routing as measure
+from moabench.analysis.measures.catalog import measured
 from moabench.benchmarks.data import batches
 from moabench.methods import record, watch
 from moabench.methods.effects import Watched, can_run, has_low_rank, low_rank_pairs
@@ -22,6 +27,9 @@ from moabench.methods.effects import Watched, can_run, has_low_rank, low_rank_pa
 if TYPE_CHECKING:
     from moabench.methods import Routing
     from moabench.methods.tuner.sites import Site
+
+PAIRS = 6
+"""Pairs of random experts on one linear whose CKA is averaged, at least: two experts are drawn six times."""
 
 Values = dict[str, Tensor]
 """Measures by their name."""
@@ -63,14 +71,8 @@ def of_hidden_states(x: Tensor, off: Tensor, erank_off: Tensor, real: Tensor) ->
     erank, real = representation.erank(x), real.to(x.device)
     padded = x.new_zeros(*real.shape, x.shape[-1])
     padded[real] = x
-    return {
-        "representation/erank": erank,
-        "representation/erank_ratio": erank / erank_off,
-        "representation/drift_cka": representation.drift_cka(x, off),
-        "representation/drift_norm": representation.drift_norm(x, off),
-        "representation/token_similarity": representation.token_similarity(x),
-        "representation/over_smoothing": representation.over_smoothing(padded, real),
-    }
+    values = {"representation/erank": erank, "representation/erank_ratio": erank / erank_off}
+    return values | measured(hidden=x, frozen=off, sequences=padded, real=real)
 
 
 def of_site(site: Site, whole: Pass, part: Pass, before: str | None, ids: Tensor) -> tuple[Values, Matrices]:
@@ -125,38 +127,34 @@ def _geometry(site: Site, found: Pass) -> Values:
     values, x = {}, found.tokens(found.watched[site.name].read.flatten(0, -2)).float()
     if found.routing[site.name].granularity == "token":
         share = found.membership(site.name)
-        rc, shuffled = (
-            representation.within_between(x, share),
-            representation.shuffled_within_between(x, share),
+        values = measured(read=x, membership=share)
+        values["representation/clustering"] = representation.clustering(
+            values["representation/rc"], values["representation/rc_shuffled"]
         )
-        values = {"representation/rc": rc, "representation/rc_shuffled": shuffled}
-        values["representation/clustering"] = representation.clustering(rc, shuffled)
     if site.router.linear:
         weight = site.router.heads(site.tensors)[0][: len(site.experts)]
-        values["representation/span_share"] = representation.span_share(x, weight)
-        values["representation/router_cosine"] = representation.row_cosine(weight)
+        values |= measured(read=x, router=weight)
         values["representation/router_erank"] = experts.effective_rank(experts.spectrum(weight, centre=False))
     return values
 
 
 def _outputs(site: Site, found: Pass) -> tuple[Values, Matrices]:
     """Measures of the experts' outputs, and of what they contribute as routed."""
-    w = found.watched[site.name]
-    if has_low_rank(site):
-        p, b = w.low_rank()
-        outputs = experts.rank_coordinates(found.tokens(p.transpose(0, 1)).transpose(0, 1), b)
-    elif can_run(site):
-        outputs = found.tokens(w.outputs().transpose(0, 1)).transpose(0, 1).float()
-    else:
+    if not has_low_rank(site) and not can_run(site):
         return {}, {}
+    w, outputs = found.watched[site.name], _alone(site, found)
     if site.kind == "block":
         contributed = found.tokens(experts.norms(w.removed()))
     else:
         contributed = found.tokens(found.routing[site.name].weights) * experts.norms(outputs)
     share = balance.contribution(contributed.double().sum(0))
     matrices = {"output_cka": experts.cka(outputs), "output_cosine": experts.output_cosine(outputs)}
+    cka = experts.off_diagonal(matrices["output_cka"])
+    null = cka if cka.isnan() else _null_cka(site, found)
     values = {
-        "experts/cka": experts.off_diagonal(matrices["output_cka"]),
+        "experts/cka": cka,
+        "experts/cka_null": null,
+        "experts/cka_minus_null": cka - null,
         "experts/output_cosine": experts.off_diagonal(matrices["output_cosine"]),
         "experts/zero_share": experts.zero_share(outputs).mean(),
         "experts/output_erank": experts.effective_rank(experts.spectrum(outputs)).nanmean(),
@@ -164,6 +162,47 @@ def _outputs(site: Site, found: Pass) -> tuple[Values, Matrices]:
         "load/contribution_max_vio": balance.max_vio(share),
     }
     return values, matrices
+
+
+def _alone(site: Site, found: Pass) -> Tensor:
+    """What each expert alone adds for the real tokens, [E, n, k]."""
+    w = found.watched[site.name]
+    if has_low_rank(site):
+        p, b = w.low_rank()
+        return experts.rank_coordinates(found.tokens(p.transpose(0, 1)).transpose(0, 1), b)
+    return found.tokens(w.outputs().transpose(0, 1)).transpose(0, 1).float()
+
+
+def _null_cka(site: Site, found: Pass) -> Tensor:
+    """CKA of experts that have learnt nothing, on these inputs: mean over draws."""
+    pairs = math.comb(len(site.experts), 2)
+    # elsewhere than on a linear a draw costs a pass of the place for each expert
+    draws = max(1, PAIRS // pairs) if has_low_rank(site) else 1
+    drawn = []
+    for seed in range(draws):
+        with random_experts(site, seed):
+            drawn.append(experts.off_diagonal(experts.cka(_alone(site, found))))
+    return torch.stack(drawn).mean()
+
+
+@contextmanager
+def random_experts(site: Site, seed: int) -> Iterator[None]:
+    """Inside, the tensors of the place's experts are drawn from N(0, s^2), s the root mean square of each;
+    afterwards they are as before, to the bit. Equal seeds draw the same for one place, whatever the
+    process."""
+    generator = torch.Generator().manual_seed(zlib.crc32(site.name.encode()) + seed)
+    tensors = [t for view in site.banks for t in view.tensors.values()]
+    kept = [t.detach().clone() for t in tensors]
+    try:
+        with torch.no_grad():
+            for t in tensors:
+                noise = torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
+                t.copy_(noise * t.square().mean().sqrt())
+        yield
+    finally:
+        with torch.no_grad():
+            for t, before in zip(tensors, kept, strict=True):
+                t.copy_(before)
 
 
 def _weights(site: Site) -> tuple[Values, Matrices]:

@@ -13,24 +13,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moabench.analysis.measures.base import HEADLINES
 from moabench.benchmarks import tasks
 from moabench.benchmarks.machine import files
 from moabench.benchmarks.machine.terminal import shown
 
 LOAD = {
     "effective_experts": "effective experts",
-    "max_vio": "MaxVio",
+    "max_vio": "global MaxVio",
     "mean_active": "active experts per token",
     "router_entropy": "router entropy",
 }
 """Load measures that the table shows if a run has them; all are in metrics.json."""
 
-
-COLLAPSE = {
-    "mi_minus_null": "information on task or skill {:.3f} above chance",
-    "expert_cka": "CKA of experts {:.3f}",
-    "erank_ratio": "rank of hidden states {:.3f} of the base's",
-}
+COLLAPSE = {name: headline.words for name, headline in HEADLINES.items() if headline.words}
 """What the headline numbers say of specialisation and collapse."""
 
 FORGETTING = {"before": "held-out text {:.3f} nats a token before", "loss": "{:.3f} after"}

@@ -6,6 +6,7 @@ counted is what is trained.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from moabench.benchmarks.data import batches
 from moabench.methods import record
+from moabench.methods.losses import Sums, auxiliary, global_sums
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,28 @@ class Losses:
     routing: dict[str, Any]
 
 
-def losses(model: nn.Module, batch: dict[str, Any], inner: nn.Module | None = None) -> Losses:
+def losses(
+    model: nn.Module,
+    batch: dict[str, Any],
+    inner: nn.Module | None = None,
+    joined: Callable[[Sums], Sums] | None = None,
+) -> Losses:
     """Of one forward pass over a batch as `batches.collate` makes it. inner: the model inside, where `model`
-    is a wrapper for several processes."""
+    is a wrapper for several processes. joined: where this pass sees a part of an optimiser step's batch, what
+    makes of its `global_sums` their mean over all passes of the step."""
     with record(inner or model) as recorder:
         logits = batches.forward(model, batch, batch["kept"], inner=inner)
     task = answer_nll(logits, batch["labels"][:, -batch["kept"] :])
-    return Losses(task, recorder.losses, recorder.routing)
+    whole = None if joined is None else joined(global_sums(recorder.entries))
+    return Losses(task, auxiliary(recorder.entries, whole), recorder.routing)
+
+
+@torch.no_grad()
+def sums(model: nn.Module, batch: dict[str, Any], inner: nn.Module | None = None) -> Sums:
+    """`global_sums` of one forward pass, without its losses."""
+    with record(inner or model) as recorder:
+        batches.forward(model, batch, 1, inner=inner)
+    return global_sums(recorder.entries)
 
 
 def full(model: nn.Module, ids: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from moabench.methods.spec import ConfigError
 from moabench.methods.tuner.moments import Moments
 
 from . import step
+from .joined import Joined
 
 
 class _Moments(TrainerCallback):
@@ -46,14 +47,23 @@ class MixtureTrainer(Trainer):
         self.tally = TrainingLog()
         self.moments = Moments(self.model)
         self.add_callback(_Moments(self.moments))
+        self.joined = Joined(self)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The passes of the next optimiser step; what their losses must know of each other is counted
+        here."""
+        found, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.joined.count(found)
+        return found, items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`answer-token NLL / answer tokens in the accumulated batch + sum of auxiliary losses / accumulation
         steps`.
 
-        Each part then has the same gradient however the batch is cut into forward passes.
+        Each part then has the same gradient however the batch is cut into forward passes and processes; of
+        the auxiliary losses those with batch=global, where micro is the mean over passes.
         """
-        found = step.losses(model, inputs, inner=self.model)
+        found = step.losses(model, inputs, inner=self.model, joined=self.joined.means)
         # DDP averages over processes.
         parts = {"task": found.task / num_items_in_batch * self.accelerator.num_processes}
         parts |= {k: v / self.current_gradient_accumulation_steps for k, v in found.auxiliary.items()}
@@ -77,12 +87,10 @@ class MixtureTrainer(Trainer):
         super().log(logs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All but biases, norms, and parameters with a true attribute `no_weight_decay` or that in their
-        name."""
+        """All but vectors (biases, norms, DoRA's magnitudes) and what is declared to have none: parameters
+        with a true attribute `no_weight_decay` (`methods.Param`)."""
         exempt = {
-            name
-            for name, p in model.named_parameters()
-            if getattr(p, "no_weight_decay", False) or "no_weight_decay" in name
+            name for name, p in model.named_parameters() if p.ndim < 2 or getattr(p, "no_weight_decay", False)
         }
         return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
 

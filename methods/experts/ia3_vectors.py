@@ -42,7 +42,8 @@ class IA3Vectors(AroundExperts):
 
     def params(self, place, d_in, d_out, head_dim):
         heads, width = self.heads(place, d_in, d_out, head_dim)
-        return {"vectors": Param((heads, self.n, width), "full", 1.0)}
+        # decay would pull a factor to 0, which shuts the activation off; 1 leaves it alone
+        return {"vectors": Param((heads, self.n, width), "full", 1.0, decay=False)}
 
     def forward(self, p, place, x, linear, route):
         def scaled(a):  # [T, H, width]

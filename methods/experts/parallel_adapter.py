@@ -33,7 +33,7 @@ class ParallelAdapter(FeedForwardExperts):
             "down": Param((rows, d), "uniform", bound),
             "down_bias": Param((rows,)),
             "up": Param((d, rows), "uniform", bound),
-            "up_bias": Param((d, self.n)),
+            "up_bias": Param((d, self.n), decay=False),  # n biases side by side
         }
 
     def forward(self, p, x, y, ffn, routing, training):

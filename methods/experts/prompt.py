@@ -26,7 +26,12 @@ class Prompt(AttentionExperts):
     length: Count = 10
 
     def params(self, d, heads):
-        return {"embedding": Param((self.n * self.length, d), "normal", 1.0), "gamma": Param((heads, self.n))}
+        return {
+            "embedding": Param((self.n * self.length, d), "normal", 1.0),
+            # a scalar for each head, which decay would pull to 0, where the prompt is off; the official code
+            # stores it as [1, heads, 1, 1], so that its rule by the number of dimensions does decay it
+            "gamma": Param((heads, self.n), decay=False),
+        }
 
     def forward(self, p, query, project, scaling, w):
         keys, values = project(p["embedding"])  # [E L, H, hd], in the model's dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from ..gate_network import GateNetwork
@@ -36,7 +36,10 @@ class Threshold(GateNetwork):
     def params(self, d, experts):
         tensors = super().params(d, experts)
         if self.dynamic:
-            tensors |= {"threshold_weight": linear_default(1, d), "threshold_bias": bias_default(1, d)}
+            # without a gradient it stays as drawn; one that learns is a matrix, decayed as the official code
+            # would
+            weight = replace(linear_default(1, d), decay=self.grad != "none")
+            tensors |= {"threshold_weight": weight, "threshold_bias": bias_default(1, d)}
         return tensors
 
     def scores(self, p, x):

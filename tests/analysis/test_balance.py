@@ -10,11 +10,18 @@ import pytest
 import torch
 
 from moabench.analysis.measures import balance
+from moabench.analysis.measures.base import DECLARED
 
 E = 8
 UNIFORM = torch.full((E,), 1 / E, dtype=torch.float64)
 ONE_HOT = torch.eye(E, dtype=torch.float64)[3]
 SKEWED = torch.tensor([1.0, 2, 3, 4, 0, 0, 0, 0]).double() / 10
+SHARE = {
+    name.removeprefix("load/"): measure.function
+    for name, measure in DECLARED.items()
+    if measure.of == ("share",)
+}
+"""Every measure of one load share."""
 
 EXTREMES = {  # measure: (uniform, all on one expert), from the ranges in the definitions
     "cv": (0, math.sqrt(E - 1)),
@@ -27,11 +34,11 @@ EXTREMES = {  # measure: (uniform, all on one expert), from the ranges in the de
 }
 
 
-@pytest.mark.parametrize("name", balance.BALANCE)
+@pytest.mark.parametrize("name", SHARE)
 def test_balance_at_its_extremes(name):
     uniform, collapsed = EXTREMES[name]
-    assert balance.BALANCE[name](UNIFORM).item() == pytest.approx(uniform, abs=1e-12)
-    assert balance.BALANCE[name](ONE_HOT).item() == pytest.approx(collapsed, abs=1e-12)
+    assert SHARE[name](UNIFORM).item() == pytest.approx(uniform, abs=1e-12)
+    assert SHARE[name](ONE_HOT).item() == pytest.approx(collapsed, abs=1e-12)
 
 
 def test_balance_of_a_skewed_share_by_hand():
@@ -50,14 +57,14 @@ def test_balance_of_a_skewed_share_by_hand():
     assert found["rare_share"].item() == 0.5
 
 
-@pytest.mark.parametrize("name", balance.BALANCE)
+@pytest.mark.parametrize("name", SHARE)
 def test_balance_ignores_the_order_of_experts_and_keeps_leading_axes(name):
     share = torch.rand(3, 2, E, dtype=torch.float64)
     share /= share.sum(-1, keepdim=True)
-    value = balance.BALANCE[name](share)
+    value = SHARE[name](share)
     assert value.shape == (3, 2)
-    torch.testing.assert_close(balance.BALANCE[name](share[..., torch.randperm(E)]), value)
-    torch.testing.assert_close(balance.BALANCE[name](share[1, 1]), value[1, 1])
+    torch.testing.assert_close(SHARE[name](share[..., torch.randperm(E)]), value)
+    torch.testing.assert_close(SHARE[name](share[1, 1]), value[1, 1])
 
 
 def test_shares_of_a_variable_number_of_experts():
@@ -68,7 +75,7 @@ def test_shares_of_a_variable_number_of_experts():
     torch.testing.assert_close(balance.assignment_share(counts), torch.tensor([2 / 3, 1 / 3, 0]).double())
     torch.testing.assert_close(balance.usage(counts, tokens), torch.tensor([2 / 3, 1 / 3, 0]).double())
     assert balance.mean_active(counts, tokens).item() == 1.0
-    assert balance.dead_share(counts).item() == pytest.approx(1 / 3)
+    assert balance.dead_share(counts, tokens).item() == pytest.approx(1 / 3)
     assert balance.activated_parameters(
         balance.usage(counts, tokens), torch.tensor([30, 60, 90])
     ).item() == pytest.approx(40)
@@ -104,6 +111,39 @@ def test_uniform_routing_by_chance_reaches_the_floor():
         balance.cv(balance.assignment_share(counts)).square().mean().sqrt().item()
     )  # the mean of CV^2 is (E-1)/N exactly
     assert found == pytest.approx(balance.cv_floor(E, 1000), rel=0.02)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_k_distinct_experts_a_token_are_more_even_by_chance(k):
+    """By sqrt((E-k)/(E-1)), 0.756 at E 8, k 4; with k = E there is nothing left to chance."""
+    generator, tokens, draws = torch.Generator().manual_seed(k), 100, 4000
+    distinct = torch.rand(draws, tokens, E, generator=generator).argsort(-1) < k
+    found = balance.cv(balance.assignment_share(distinct.sum(1))).square().mean().sqrt().item()
+    assert found == pytest.approx(balance.cv_floor(E, k * tokens, k), rel=0.03, abs=1e-9)
+    ratio = balance.cv_floor(E, 1000, k) / balance.cv_floor(E, 1000)
+    assert ratio == pytest.approx(math.sqrt((E - k) / (E - 1)))
+    floors = balance.floors(E, k * tokens, k, draws=1000)
+    assert floors["max_vio"] == pytest.approx(
+        balance.max_vio(balance.assignment_share(distinct.sum(1))).mean().item(), rel=0.05, abs=1e-9
+    )
+    if 1 < k < E:  # as many independent draws are further from even
+        assert floors["max_vio"] < 0.97 * balance.floors(E, k * tokens, draws=1000)["max_vio"]
+
+
+def test_max_vio_of_batches_is_another_number_than_that_of_their_tokens():
+    """By chance alone, E 8, top-1: 0.09 to 0.1 over 2,048 tokens, 0.5 to 0.55 as the mean over 32 batches of
+    64; each has a floor of its own."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.stack(
+        [torch.randint(E, (64,), generator=generator).bincount(minlength=E) for _ in range(32 * 200)]
+    ).view(200, 32, E)
+    batch = balance.max_vio(balance.assignment_share(counts)).mean().item()
+    whole = balance.max_vio(balance.assignment_share(counts.sum(1))).mean().item()
+    assert batch > 5 * whole
+    assert batch == pytest.approx(balance.floors(E, 64)["max_vio"], rel=0.03)
+    assert whole == pytest.approx(balance.floors(E, 2048, draws=300)["max_vio"], rel=0.08)
+    about = {name: DECLARED[f"load/{name}"].about for name in ("max_vio", "max_vio_batch")}
+    assert about["max_vio"].startswith("global") and about["max_vio_batch"].startswith("batch")
 
 
 def test_simulated_floors():

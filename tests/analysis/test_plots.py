@@ -51,7 +51,10 @@ def test_learning_curves_are_means_over_seeds_with_a_band(tmp_path):
     axis = plot.figure.axes[0]
     assert axis.lines[0].get_ydata() == pytest.approx([2.0, 1.0, 0.5])
     ends = axis.collections[0].get_paths()[0].vertices[:, 1]
-    assert (ends.min(), ends.max()) == pytest.approx((0.25, 3.0))
+    half = 12.706 * math.sqrt(2) / math.sqrt(2)  # Student's interval of two seeds, here of 1 and 3
+    assert (ends.min(), ends.max()) == pytest.approx((2 - half, 2 + half), rel=1e-4)
+    low, high = axis.get_ylim()  # as tall as the seeds need, which are further apart than nothing
+    assert 0.1 < low <= 0.25 and 3.0 <= high < 6
 
 
 def test_load_map_is_share_times_experts_of_one_seed(problem):

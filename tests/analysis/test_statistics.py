@@ -10,8 +10,13 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from synthetic import write_run
 
+from moabench.analysis import load
 from moabench.analysis import statistics as st
+from moabench.analysis.comparing import problems
+from moabench.analysis.plots import pareto
+from moabench.analysis.tables import leaderboard
 
 
 def answers(rng, seeds, ease, spread):
@@ -124,7 +129,8 @@ def test_tasks_have_equal_weight():
     a[:, :100] = 0.0  # right on the ten questions of the second task only
     found = st.compare(a, b, strata=[0] * 100 + [1] * 10)
     assert found.difference.value == pytest.approx(0.5)
-    assert st.paired_bootstrap(a[0], b[0], [0] * 100 + [1] * 10, np.arange(110)).value == pytest.approx(0.5)
+    one = st.compare(a[:1], b[:1], strata=[0] * 100 + [1] * 10)
+    assert one.about == "models" and one.difference.value == pytest.approx(0.5)
 
 
 def test_the_detectable_difference_is_detected_at_its_power():
@@ -157,23 +163,32 @@ def test_mcnemar_is_the_binomial_test_of_the_discordant_questions(only_a, only_b
     assert st.mcnemar(a, b) == pytest.approx(min(1.0, 2 * tail))
 
 
-def test_paired_bootstrap_has_the_analytic_width():
+def test_the_interval_of_two_models_has_the_analytic_width():
     rng = np.random.default_rng(6)
-    a, b = rng.random(400) < 0.7, rng.random(400) < 0.6
-    found = st.paired_bootstrap(a, b, np.zeros(400), np.arange(400), samples=8000)
-    difference = a.astype(float) - b.astype(float)
-    half = 1.96 * difference.std() / 20
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05)
-    assert found.value == pytest.approx(difference.mean())
+    a, b = rng.random((1, 400)) < 0.7, rng.random((1, 400)) < 0.6
+    found, difference = st.compare(a, b).difference, a.astype(float) - b.astype(float)
+    half = stats.t.ppf(0.975, 399) * difference.std(ddof=1) / 20
+    assert found == pytest.approx((difference.mean(), difference.mean() - half, difference.mean() + half))
 
 
-def test_clusters_are_drawn_whole():
+def test_clusters_are_one_piece_of_evidence():
     """Each answer four times: the interval is that of the quarter that is evidence."""
     rng = np.random.default_rng(7)
-    a, b = (rng.random(100) < 0.7).astype(float), (rng.random(100) < 0.5).astype(float)
-    once = st.paired_bootstrap(a, b, np.zeros(100), np.arange(100))
-    four = st.paired_bootstrap(a.repeat(4), b.repeat(4), np.zeros(400), np.arange(100).repeat(4))
+    a, b = (rng.random((1, 100)) < 0.7).astype(float), (rng.random((1, 100)) < 0.5).astype(float)
+    once = st.compare(a, b).difference
+    four = st.compare(a.repeat(4, 1), b.repeat(4, 1), clusters=np.arange(100).repeat(4)).difference
     assert four == pytest.approx(once)
+
+
+def test_few_passages_are_little_evidence():
+    """Five passages of eight questions: percentiles of a bootstrap over them hold the truth in 85 %."""
+    rng, clusters, held = np.random.default_rng(0), np.repeat(np.arange(5), 8), []
+    for _ in range(600):
+        easy = np.repeat(rng.normal(0, 0.2, 5), 8)
+        a, b = rng.random((1, 40)) < np.clip(0.6 + easy, 0, 1), rng.random((1, 40)) < 0.5
+        _, low, high = st.compare(a, b, clusters=clusters).difference
+        held.append(low <= 0.1 <= high)
+    assert 0.925 < np.mean(held) < 0.975
 
 
 def test_holm_by_hand():
@@ -183,26 +198,37 @@ def test_holm_by_hand():
     assert math.isnan(found[0]) and found[1:].tolist() == pytest.approx([0.04, 0.04])
 
 
-def test_iqm_closed_form():
-    assert st.iqm(np.arange(1, 9)) == pytest.approx(np.mean([3, 4, 5, 6]))
-    assert st.iqm(np.array([[0, 50], [51, 1e9]])) == 50.5
+def bootstrap(values):
+    """The interval that is not used: percentiles of the mean of seeds drawn again."""
+    drawn = np.random.default_rng(0).choice(values, (400, len(values))).mean(1)
+    return np.quantile(drawn, [0.025, 0.975])
 
 
-def test_stratified_bootstrap_draws_seeds_within_tasks():
-    """No seed differs within a task: however different the tasks, nothing is uncertain. One seed: unknown,
-    not certain."""
-    scores = np.array([[0.1, 0.9, 0.4, 0.5]] * 4)
-    assert st.stratified_bootstrap(scores) == pytest.approx((0.45,) * 3)
-    assert math.isnan(st.stratified_bootstrap(scores[:1]).low)
-    rng = np.random.default_rng(8)
-    scores = rng.normal(0.5, 0.05, (40, 3))
-    found = st.stratified_bootstrap(scores, np.mean)
-    error = math.sqrt(scores.var(0).sum() / 40) / 3
-    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.08)
-
-
-def test_t_interval_covers():
+@pytest.mark.parametrize("seeds", [3, 5, 8])
+def test_the_interval_over_seeds_holds_its_level(seeds):
+    """Accuracies of runs on a test set of 200: a seed is better or worse as a whole, and answers vary. By
+    simulation, 2,000 studies. A percentile bootstrap does not hold it."""
     rng = np.random.default_rng(9)
-    held = [low <= 0 <= high for _, low, high in (st.t_interval(rng.normal(0, 1, 3)) for _ in range(2000))]
-    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+    true = np.clip(rng.normal(0.6, 0.04, (2000, seeds)), 0, 1)
+    studies = rng.binomial(200, true) / 200
+    held = [low <= 0.6 <= high for _, low, high in map(st.t_interval, studies) if not math.isnan(low)]
+    assert len(held) > 1990 and np.mean(held) == pytest.approx(st.LEVEL, abs=0.015)
+    if seeds == 3:
+        ends = [bootstrap(study) for study in studies[:500]]
+        assert np.mean([low <= 0.6 <= high for low, high in ends]) < 0.82
+
+
+def test_no_interval_from_one_seed_nor_from_seeds_that_tie():
     assert math.isnan(st.t_interval([0.5]).low) and math.isnan(st.t_interval([0.5, 0.5]).low)
+
+
+def test_every_interval_is_the_same(tmp_path):
+    """Leaderboard, plot of costs and published table show one interval of the same three seeds."""
+    for seed in range(3):
+        write_run(tmp_path, "lora", seed)
+    (problem,) = problems(load(tmp_path))
+    accuracies = problem.finished[0].finished["accuracy"]
+    mean = leaderboard(problem).rows[0]["mean"]
+    assert mean == pytest.approx(st.t_interval(accuracies)) and not math.isnan(mean.low)
+    bars = pareto.cost(problem)[0].figure.axes[0].containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert sorted(bars) == pytest.approx([100 * mean.low, 100 * mean.high])

@@ -70,12 +70,12 @@ def config(questions):
 
 @pytest.fixture
 def attached(llama):
-    """attached(name) -> a copy of the tiny Llama with a method whose trainable parameters are moved, so that
-    it differs from its base."""
+    """attached(name, **overrides) -> a copy of the tiny Llama with a method whose trainable parameters are
+    moved, so that it differs from its base."""
 
-    def make(name):
+    def make(name, **overrides):
         torch.manual_seed(0)
-        model = methods.attach(copy.deepcopy(llama), catalog.raw(name))
+        model = methods.attach(copy.deepcopy(llama), catalog.override(catalog.raw(name), overrides))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.parameters():

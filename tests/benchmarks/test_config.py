@@ -186,6 +186,21 @@ def test_hash_takes_inputs_and_spelled_out_defaults():
     assert run_hash(composed("++model.revision=null")) == run_hash(composed())
 
 
+def test_how_a_balance_loss_counts_is_in_the_hash_where_it_matters():
+    """Not where each step is one pass, nor with coefficient 0: there it changes nothing."""
+
+    def hashes(*given, inputs=None):
+        return {
+            run_hash(composed(*given, f"++method.losses.switch_balance.batch={batch}"), inputs)
+            for batch in ("global", "micro")
+        }
+
+    assert hashes("method=adamole") == {run_hash(composed("method=adamole"))}
+    assert len(hashes("method=adamole", "train.accumulation=2")) == 2
+    assert len(hashes("method=adamole", inputs={"processes": 2})) == 2
+    assert len(hashes("method=moe_lora_topk", "train.accumulation=2")) == 1
+
+
 def test_two_kinds_with_equal_options_differ_in_hash():
     kinds = {
         run_hash(composed("method=molora", f"++method.router={{kind: {kind}}}"))

@@ -108,7 +108,14 @@ def test_the_record_is_complete(tmp_path):
 
 HEADLINES = {
     f"headline/{name}"
-    for name in ("max_vio", "effective_experts", "mi_minus_null", "expert_cka", "erank_ratio")
+    for name in (
+        "max_vio",
+        "effective_experts",
+        "mi_minus_null",
+        "expert_cka",
+        "expert_cka_minus_null",
+        "erank_ratio",
+    )
 }
 
 

@@ -136,6 +136,46 @@ def test_expert_measures_are_those_of_explicit_outputs(probed):
         )
 
 
+@pytest.mark.parametrize("name", ["molora", "hydralora", "mixlora", "moa_soft"])
+def test_experts_that_have_learnt_nothing_are_as_alike_as_the_null_says(
+    name, small, llama, attached, tokenizer
+):
+    """Experts drawn at random have a CKA that is far from 0, by their inputs alone. The draws change nothing,
+    to the bit."""
+    probe, model = Probe(small(name), llama, tokenizer), attached(name)
+    tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    banks = [
+        view.tensors for site in model.base_model.sites() if site.router is not None for view in site.banks
+    ]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for t in (t for bank in banks for t in bank.values()):
+            t.normal_(std=0.1)
+    before = {n: p.detach().clone() for n, p in tensors.items()}
+    probe.measure(model, 0)
+    assert_equal({n: p.detach() for n, p in tensors.items()}, before)
+    metrics = probe.metrics()
+    assert metrics["experts/cka_null"] > 0.05
+    assert abs(metrics["experts/cka_minus_null"]) < 0.25 * metrics["experts/cka_null"] + 0.02
+    values = {(row["site"], row["measure"]): row["value"] for row in probe.rows}
+    for site in {site for site, name in values if name == "experts/cka"}:
+        cka, null, less = (values[site, f"experts/cka{end}"] for end in ("", "_null", "_minus_null"))
+        assert less == pytest.approx(cka - null, abs=1e-6)
+
+
+def test_equal_experts_are_alike_beyond_the_null(small, llama, attached, tokenizer):
+    probe, model = Probe(small("molora"), llama, tokenizer), attached("molora")
+    with torch.no_grad():
+        for site in model.base_model.sites():
+            (bank,) = site.banks
+            bank.A.copy_(bank.A[bank.owner == 0].repeat(bank.part.n, 1))
+            bank.B.copy_(torch.randn(len(bank.B), int((bank.owner == 0).sum())).repeat(1, bank.part.n))
+    probe.measure(model, 0)
+    metrics = probe.metrics()
+    assert metrics["experts/cka"] == pytest.approx(1, abs=1e-4)
+    assert metrics["experts/cka_minus_null"] == pytest.approx(1 - metrics["experts/cka_null"], abs=1e-4)
+
+
 def test_experts_of_a_block_contribute_as_leaving_them_out_says(probed):
     probe, model, values = probed("moa_soft")
     real = probe.part["attention_mask"].bool().flatten()

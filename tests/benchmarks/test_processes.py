@@ -53,6 +53,14 @@ def together(*args: str, cwd, script=REPOSITORY / "run.py") -> subprocess.Comple
 
 SHARE = [*SMALL, "train.batch_size=4"]
 """Of each of two processes."""
+LOSS = {"moe_lora_topk": ["method.losses.switch_balance.coef=0.5"]}
+"""By method: a loss that is no mean over tokens, and yet is that of the joint batch."""
+CUT = {"moe_lora_topk": ["train.batch_size=2", "train.accumulation=2"]}
+"""By method: the share of a process in two passes."""
+
+
+def arguments(method):
+    return [f"method={method}", *LOSS.get(method, ()), *SHARE, *CUT.get(method, ())]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,7 @@ def two(tmp_path_factory):
     @functools.cache
     def run(method):
         folder = tmp_path_factory.mktemp(method)
-        done = together(f"method={method}", *SHARE, cwd=folder)
+        done = together(*arguments(method), cwd=folder)
         assert done.returncode == 0, done.stderr[-3000:]
         return folder
 
@@ -74,7 +82,8 @@ def test_two_processes_train_what_one_does_with_their_batches(method, two, tmp_p
     """Losses, expert load and weights; moa_sparse has a threshold head without a gradient, which DDP has to
     bear."""
     (joint,) = find(two(method) / "runs")
-    assert moabench(f"method={method}", *SMALL, "train.batch_size=8", cwd=tmp_path).returncode == 0
+    given = [f"method={method}", *LOSS.get(method, ()), *SMALL, "train.batch_size=8"]
+    assert moabench(*given, cwd=tmp_path).returncode == 0
     (one,) = find(tmp_path / "runs")
     assert read_json(joint / "status.json")["state"] == "finished" and one.name != joint.name
     histories = [pd.read_parquet(folder / "history.parquet") for folder in (one, joint)]
@@ -83,6 +92,7 @@ def test_two_processes_train_what_one_does_with_their_batches(method, two, tmp_p
         "tokens",
         "loss/task",
         "loss/total",
+        *(["loss/switch_balance"] if method in LOSS else []),
         "load/cv",
         "load/max_vio",
         "load/mean_active",
@@ -99,7 +109,7 @@ def test_two_processes_train_what_one_does_with_their_batches(method, two, tmp_p
 
 
 def test_a_run_of_several_processes_is_found_again(two):
-    again = together("method=moe_lora_topk", *SHARE, cwd=two("moe_lora_topk"))
+    again = together(*arguments("moe_lora_topk"), cwd=two("moe_lora_topk"))
     (joint,) = find(two("moe_lora_topk") / "runs")
     assert again.returncode == 0, again.stderr[-2000:]
     assert read_json(joint / "status.json")["attempt"] == 1

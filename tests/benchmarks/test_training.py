@@ -16,11 +16,13 @@ from moabench.benchmarks import tasks
 from moabench.benchmarks.data import batches, mixes
 from moabench.benchmarks.evaluation.evaluate import evaluate
 from moabench.benchmarks.tasks.rows import load_rows
+from moabench.benchmarks.training import step
 from moabench.benchmarks.training import train as training
+from moabench.benchmarks.training.joined import Joined
 from moabench.benchmarks.training.step import answer_nll
 from moabench.benchmarks.training.train import _arguments, encode_rows, train
 from moabench.benchmarks.training.trainer import MixtureTrainer
-from moabench.methods import record
+from moabench.methods import Router, catalog, record
 from moabench.methods.spec import ConfigError
 
 METHODS = ["full", "lora", "moe_lora_topk", "moa_sparse", "mixlora", "moa_instance"]
@@ -165,30 +167,89 @@ def test_an_interrupted_checkpoint_is_passed_over(state, attached, tokenizer, co
 # the loss
 
 
-@pytest.mark.parametrize("name", ["lora", "moe_lora_topk", "mixlora"])
-def test_gradients_do_not_depend_on_accumulation(name, attached, tokenizer, config, tmp_path):
-    """8 sequences at once against 4 times 2: task loss by answer tokens over all 8, auxiliary losses as their
-    mean over passes.
+BALANCED = ["mixlora", "adamole"]
+"""With a balance loss, of the whole model and of each linear."""
 
-    A balance loss is not linear in the batch, so it is compared with the mean of its gradients over the
-    passes of 2.
-    """
-    model = attached(name).eval()  # no dropout: the two runs draw different masks
+
+@pytest.mark.parametrize("name", ["lora", "moe_lora_topk", *BALANCED])
+def test_gradients_do_not_depend_on_accumulation(name, attached, tokenizer, config, tmp_path, monkeypatch):
+    """8 sequences at once against 4 times 2: task loss by answer tokens over all 8, a balance loss by the
+    counts of all their tokens. With batch=micro it is the mean over passes of 2, another gradient."""
+    model = without_dropout(attached(name), monkeypatch)
     examples, _ = encode_rows(tokenizer, rows(config())[:8], config())
     once, parts = (
         gradients(model, config(batch_size=8), examples, tmp_path),
         gradients(model, config(batch_size=2, accumulation=4), examples, tmp_path),
     )
     assert_close(parts["task"], once["task"])
-    if name == "mixlora":
-        expected = {}
-        for i in range(0, 8, 2):
-            for key, value in gradients(model, config(batch_size=2), examples[i : i + 2], tmp_path)[
-                "aux"
-            ].items():
-                expected[key] = expected.get(key, 0) + value / 4
-        assert_close(parts["aux"], expected)
+    if name in BALANCED:
+        assert_close(parts["aux"], once["aux"])
     assert_close(parts["all"], {k: parts["task"][k] + parts["aux"].get(k, 0) for k in parts["all"]})
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_the_published_balance_loss_is_a_mean_over_passes(
+    name, attached, tokenizer, config, tmp_path, monkeypatch
+):
+    model = without_dropout(attached(name, **{"losses.switch_balance.batch": "micro"}), monkeypatch)
+    examples, _ = encode_rows(tokenizer, rows(config())[:8], config())
+    parts, once = (
+        gradients(model, config(batch_size=size, accumulation=8 // size), examples, tmp_path)["aux"]
+        for size in (2, 8)
+    )
+    expected = {}
+    for i in range(0, 8, 2):
+        found = gradients(model, config(batch_size=2), examples[i : i + 2], tmp_path)["aux"]
+        expected = {key: expected.get(key, 0) + value / 4 for key, value in found.items()}
+    assert_close(parts, expected)
+    routers = [key for key in once if "router" in key]
+    assert any((parts[key] - once[key]).norm() > 0.02 * once[key].norm() for key in routers)
+
+
+def test_passes_are_counted_with_the_random_numbers_that_they_draw(
+    attached, tokenizer, config, tmp_path, monkeypatch
+):
+    """What was counted before the passes of a step is what they then are, dropout included; of the random
+    numbers of training nothing is taken."""
+    cfg, met = config("mixlora", batch_size=2, accumulation=3, steps=2), []
+
+    def means(joined):
+        counted = joined.counted
+        return lambda own: met.append((own, counted)) or counted
+
+    monkeypatch.setattr(Joined, "means", property(means))
+    train(attached("mixlora"), tokenizer, rows(cfg), cfg, tmp_path, resume=False, progress=False)
+    assert len(met) == 6
+    for passes in (met[:3], met[3:]):
+        counted = passes[0][1]
+        assert counted and all(own.keys() == counted.keys() for own, _ in passes)
+        for key, tensors in counted.items():
+            for i, tensor in enumerate(tensors):
+                own = torch.stack([own[key][i] for own, _ in passes])
+                torch.testing.assert_close(own.mean(0), tensor, rtol=1e-6, atol=1e-6)
+                assert not torch.equal(own[0], own[1])
+
+
+def test_a_method_without_such_a_loss_is_asked_once(attached, tokenizer, config, tmp_path, monkeypatch):
+    """One pass shows that nothing is to be counted; weights are those of a training that never asked."""
+    cfg, asked = config("moe_lora_topk", batch_size=2, accumulation=2, steps=3), []
+    original = step.sums
+    monkeypatch.setattr(step, "sums", lambda *args, **kwargs: asked.append(1) or original(*args, **kwargs))
+    ends = []
+    for part in ("a", "b"):
+        model = attached("moe_lora_topk")
+        train(model, tokenizer, rows(cfg), cfg, tmp_path / part, resume=False, progress=False)
+        ends.append(trainable(model))
+        monkeypatch.setattr(Joined, "count", lambda joined, passes: None)
+    assert len(asked) == 1
+    assert_equal(*ends)
+
+
+def without_dropout(model, monkeypatch):
+    """Evaluation mode, which training does not leave: two runs of it draw different masks."""
+    model.eval()
+    monkeypatch.setattr(model, "train", lambda mode=True: model)
+    return model
 
 
 def gradients(model, cfg, examples, folder):
@@ -201,7 +262,7 @@ def gradients(model, cfg, examples, folder):
         trainer.current_gradient_accumulation_steps = steps
         model.zero_grad()
         chunks = [batches.collate(examples[i : i + size], 2) for i in range(0, len(examples), size)]
-        items = sum((chunk["labels"][:, 1:] != -100).sum() for chunk in chunks)
+        chunks, items = trainer.get_batch_samples(iter(chunks), steps, torch.device("cpu"))
         for chunk in chunks:
             losses = {}
             trainer.tally.add = lambda parts, mask, routing, losses=losses: losses.update(parts)
@@ -343,14 +404,57 @@ def test_adapters_and_whole_models_have_their_own_learning_rate(name, rate, atta
 
 def test_weight_decay_leaves_out_what_says_so(llama, config, tmp_path):
     llama.model.layers[0].mlp.up_proj.weight.no_weight_decay = True
-    llama.model.register_parameter("gate_no_weight_decay", torch.nn.Parameter(torch.ones(3)))
+    llama.model.register_parameter("vector", torch.nn.Parameter(torch.ones(3)))
     decayed = MixtureTrainer(
         model=llama, args=_arguments(llama, config(), 1, tmp_path)
     ).get_decay_parameter_names(llama)
     assert "model.layers.1.mlp.up_proj.weight" in decayed
-    assert not {"model.layers.0.mlp.up_proj.weight", "model.gate_no_weight_decay", "model.norm.weight"} & set(
-        decayed
+    assert not {"model.layers.0.mlp.up_proj.weight", "model.vector", "model.norm.weight"} & set(decayed)
+
+
+UNDECAYED = {"gamma", "up_bias", "threshold_weight", "vectors"}
+"""Tensors of two dimensions that are no matrices: gates, biases, factors side by side; a head that is never
+trained."""
+
+
+@pytest.mark.parametrize("name", [n for n in catalog.names() if n not in ("none", "full")])
+def test_what_weight_decay_reaches(name, attached, config, tmp_path):
+    """The optimiser's groups, tensor by tensor: matrices alone, whatever they are called. b1 to b3 of MoA's
+    gate network, prompt gates, thresholds that are not trained and DoRA's magnitudes have none."""
+    model = attached(name)
+    args = _arguments(model, config(name, weight_decay=0.1), 1, tmp_path)
+    trainer = MixtureTrainer(model=model, args=args)
+    trainer.create_optimizer()
+    groups = trainer.optimizer.param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert decay.keys() == {id(p) for p in tensors.values()}
+    for full_name, p in tensors.items():
+        own = full_name.rpartition("__")[2]
+        expected = 0.0 if p.ndim < 2 or own in UNDECAYED else 0.1
+        assert decay[id(p)] == expected, full_name
+    assert ("lora_magnitude" in " ".join(tensors)) == (name == "dora")
+    shipped = {n.rpartition("__")[2] for n in tensors} & {"b1", "b2", "b3", "gamma", "threshold_weight"}
+    assert shipped == MOA.get(name, set())
+
+
+MOA = {
+    "moa_soft": {"b1", "b2", "b3", "gamma"},
+    "moa_sparse": {"b1", "b2", "b3", "threshold_weight"},
+    "moa_instance": {"b1", "b2", "b3", "gamma"},
+    "unipeft": {"gamma"},
+    "naive_sum": {"gamma"},
+}
+
+
+@pytest.mark.parametrize(("grad", "decays"), [("none", False), ("subtract", True), ("ste", True)])
+def test_a_threshold_that_learns_decays(grad, decays):
+    (weight,) = (
+        p
+        for n, p in Router.parse({"kind": "threshold", "grad": grad}, "router").params(8, 3).items()
+        if n == "threshold_weight"
     )
+    assert weight.decay is decays and weight.make(torch.device("cpu")).no_weight_decay is not decays
 
 
 def test_every_row_is_seen_once_a_pass_in_batches_of_like_length():

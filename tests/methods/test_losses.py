@@ -11,6 +11,8 @@ import torch
 from tiny import answer_only, assert_near, attached, batch, trainable
 
 from moabench import methods
+from moabench.benchmarks.observing import load_measures
+from moabench.benchmarks.observing.load import LoadCounts
 from moabench.methods.losses import Loss
 from moabench.methods.routing import Routing
 from moabench.methods.spec import ConfigError
@@ -107,6 +109,84 @@ def test_z_loss(masked):
     assert loss() == pytest.approx(0.5 * want, rel=1e-5)
     assert loss(reduce="mean") == pytest.approx(0.25 * want, rel=1e-5)
     assert loss(scope="model") == pytest.approx(0.25 * want, rel=1e-5)
+
+
+def drawn(tokens, experts=4, seed=0, padding=0):
+    """A top-2 routing with gradient and `padding` tokens that do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.randn(tokens, experts, generator=generator).softmax(-1)
+    chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, probs.topk(2).indices, True)
+    mask = (torch.arange(tokens) < tokens - padding) if padding else None
+    return probs, chosen, mask
+
+
+@pytest.mark.parametrize("kind", sorted(Loss.kinds()))
+@pytest.mark.parametrize("scope", ["site", "model"])
+def test_a_loss_does_not_depend_on_how_the_batch_is_cut(kind, scope):
+    """Passes of 5, 1 and 9 tokens at two sites against the 13 real tokens at once: values and gradients. The
+    mean over passes by themselves (batch=micro) is another number. A kind that can be `micro` alone says so
+    where it is asked for more."""
+    parts = [[drawn(5, seed=s), drawn(1, seed=s + 2), drawn(9, seed=s + 4, padding=2)] for s in (0, 1)]
+    leaves = [[p.clone().requires_grad_() for p, _, _ in site] for site in parts]
+
+    def routings(i):
+        return [
+            routing_of(leaf[i], chosen, mask, tau=torch.full((len(chosen), 1), 0.1))
+            for leaf, (_, chosen, mask) in ((leaf, site[i]) for leaf, site in zip(leaves, parts, strict=True))
+        ]
+
+    def joined():
+        found = []
+        for leaf, site in zip(leaves, parts, strict=True):
+            real = [torch.ones(len(c), dtype=torch.bool) if m is None else m for _, c, m in site]
+            probs, chosen, mask = torch.cat(leaf), torch.cat([c for _, c, _ in site]), torch.cat(real)
+            found.append(routing_of(probs, chosen, mask, tau=torch.full((len(mask), 1), 0.1)))
+        return found
+
+    loss = Loss.parse({"kind": kind, "coef": 0.7, "scope": scope}, "")
+    if loss.batch == "micro":
+        assert "batch=micro alone" in type(loss).__doc__
+        with pytest.raises(ConfigError, match=r"losses\.x\.batch='global': expected one of micro"):
+            Loss.parse({"kind": kind, "batch": "global"}, "losses.x")
+        return
+    flat = [p for leaf in leaves for p in leaf]
+    want = loss(joined())
+    gradients = torch.autograd.grad(want, flat)
+    sums = [[loss.sums(r) for r in routings(i)] for i in range(3)]
+    assert not any(s.requires_grad for found in sums for s in found)
+    whole = [torch.stack(found).mean(0) for found in zip(*sums, strict=True)]
+    got = sum(loss(routings(i), whole) for i in range(3)) / 3
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    for g, expected in zip(torch.autograd.grad(got, flat), gradients, strict=True):
+        assert_near("gradient", g, expected, 1e-5)
+    apart = sum(loss(routings(i)) for i in range(3)) / 3
+    assert abs(apart.item() / want.item() - 1) > 0.01
+
+
+def test_layers_collapsed_onto_different_experts_look_even_to_a_loss_over_the_model():
+    """Four layers, each with every token on an expert of its own: scope=model gives 1, the value of uniform
+    routing, scope=site 4. Load measures, by which a report judges, are taken by site."""
+    routings = []
+    for layer in range(4):
+        probs = torch.nn.functional.one_hot(torch.full((16,), layer), 4).float()
+        routings.append(routing_of(probs, probs.bool()))
+    value = lambda scope: Loss.parse(  # noqa: E731
+        {"kind": "switch_balance", "coef": 1.0, "scope": scope, "reduce": "mean"}, ""
+    )(routings).item()
+    assert value("model") == pytest.approx(1.0) and value("site") == pytest.approx(4.0)
+    meter = LoadCounts()
+    meter.update({f"layer{i}": r.at_site(0) for i, r in enumerate(routings)}, (1, 16))
+    found = load_measures.measures(meter)
+    assert found["load/max_vio_worst"] == found["load/max_vio"] == pytest.approx(3.0)
+    assert found["load/effective_experts_worst"] == pytest.approx(1.0)
+
+
+def test_uniform_is_not_the_least():
+    """E 2, k 1: three tokens of four undecided and sent to the first, one sure of the second."""
+    probs = torch.tensor([[0.5, 0.5]] * 3 + [[0.0, 1.0]])
+    chosen = torch.tensor([[True, False]] * 3 + [[False, True]])
+    loss = Loss.parse({"kind": "switch_balance", "coef": 1.0}, "")
+    assert loss([routing_of(probs, chosen)]).item() == pytest.approx(0.875)
 
 
 def test_coefficient_zero_is_left_out_and_negative_refused():
