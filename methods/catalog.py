@@ -22,7 +22,7 @@ from .bank import Experts
 from .losses import Loss
 from .router import Router
 from .rule import Rule
-from .spec import ConfigError, Name, build, drop_stale, nearest
+from .spec import LATER, ConfigError, Name, build, drop_stale, nearest
 from .stage import Stage
 
 PLACES = (
@@ -56,7 +56,7 @@ class Mixture:
     banks: dict[str, Experts]
     router: Router
     losses: dict[str, Loss]
-    own_rules: dict[str, Rule] = field(default_factory=dict)
+    own_rules: dict[str, Rule] = field(default_factory=dict, metadata=LATER)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -112,7 +112,7 @@ class Method:
     mixtures: tuple[Mixture, ...]
     dora: bool
     data: dict[str, Any]
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[Stage, ...] = field(default=(), metadata=LATER)
     """Trainings, one after the other; none named is one of everything."""
     layers: tuple[tuple[tuple[int, ...], Method], ...] = ()
     """Decoder layers in which the experts have other options, from 0, and the method as it is there."""
