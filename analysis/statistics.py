@@ -68,11 +68,11 @@ class Comparison:
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """Mean over seeds with Student's interval; none from one seed, nor from seeds that tie exactly, whose
     spread is unknown, not 0."""
-    values = np.asarray(values, float)
-    mean, n = values.mean(), len(values)
-    if n < 2 or np.ptp(values) == 0:
+    found = np.asarray(values, float)
+    mean, n = found.mean(), len(found)
+    if n < 2 or np.ptp(found) == 0:
         return Interval(float(mean), math.nan, math.nan)
-    half = stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n)
+    half = stats.t.ppf((1 + level) / 2, n - 1) * found.std(ddof=1) / math.sqrt(n)
     return Interval(float(mean), float(mean - half), float(mean + half))
 
 

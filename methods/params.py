@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .lazy import Lazy
 
@@ -42,7 +42,7 @@ class Param:
             init.constant_(data, self.scale if self.init == "full" else 0.0)
         if not self.trained:
             return data
-        made = torch.nn.Parameter(data)
+        made: Any = torch.nn.Parameter(data)
         made.no_weight_decay = not self.decay or len(self.shape) < 2
         return made
 
