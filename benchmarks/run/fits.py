@@ -101,7 +101,10 @@ def _on_host(prepared: Prepared) -> dict[str, float]:
 def _longest(prepared: Prepared) -> int:
     """Tokens of the longest training row, of those that are longest in letters."""
     rows = heapq.nlargest(CANDIDATES, prepared.mixed[0], key=lambda row: len(str(row)))
-    examples, _ = encode_rows(loading._tokenizer(prepared.cfg.model), rows, prepared.cfg)
+    try:
+        examples, _ = encode_rows(loading._tokenizer(prepared.cfg.model), rows, prepared.cfg)
+    except (ConfigError, KeyError):  # rows that cannot be trained on: said of all of them when they are
+        return prepared.cfg.train.max_length
     return max(len(example.ids) for example in examples)
 
 
