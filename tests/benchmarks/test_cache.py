@@ -55,8 +55,8 @@ def test_small_sets_and_python_tokenizers_are_not_kept(tmp_path, tokenizer, coun
     class Slow:
         is_fast, eos_token_id = False, 1
 
-        def __call__(self, texts, verbose):
-            return tokenizer(texts, verbose=verbose)
+        def __call__(self, texts, **options):
+            return tokenizer(texts, **options)
 
     get(tmp_path, Slow(), counting)
     assert counting.calls == 2
