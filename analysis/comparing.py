@@ -21,6 +21,7 @@ import pandas as pd
 
 from moabench.benchmarks.config.hashing import NOT_IN_HASH
 from moabench.benchmarks.run.reading import Study, flat
+from moabench.benchmarks.tasks.scorers import Scorer
 from moabench.methods.spec import ConfigError, nearest
 
 from .statistics import LEVEL, POWER, Comparison, compare, holm
@@ -203,6 +204,31 @@ class Problem:
         """[seeds, questions] of an entry; runs without samples.parquet are left out."""
         found = self._answers
         return found.loc[[run for run in entry.finished["run"] if run in found.index]]
+
+    @cached_property
+    def _given(self) -> pd.DataFrame:
+        """What was answered (the choice, or the text extracted), a run a row, a question a column."""
+        samples = self.study.samples
+        if samples.empty or not {"prediction", "extracted"} & set(samples):
+            return pd.DataFrame()
+        given = samples.reindex(columns=["prediction", "extracted"])
+        samples = samples.assign(
+            given=given["prediction"].astype(object).where(given["prediction"].notna(), given["extracted"]),
+            number=samples.groupby(["run", "task", "doc_id"]).cumcount(),
+        )
+        keys = ["task", "doc_id", "number"]
+        return samples.set_index(["run", *keys])["given"].unstack(keys)
+
+    def over_seeds(self, entry: Entry, scorer: Scorer) -> float:
+        """A score of what the runs of an entry, which differ in their seed, answered; NaN without two of
+        them."""
+        found = self._given
+        runs = [run for run in entry.finished["run"] if run in found.index]
+        if entry.seedless or len(runs) < 2:
+            return math.nan
+        asked = found.loc[runs].dropna(axis=1, how="all")
+        rows = [[None if pd.isna(answer) else answer for answer in asked.loc[run]] for run in runs]
+        return scorer.score(rows)
 
     def compare(self, a: Entry, b: Entry) -> Comparison | None:
         """`a` minus `b` on the questions that all their runs answered; None if there are none."""

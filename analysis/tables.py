@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from moabench.benchmarks.run.reading import RESUMED, Study
+from moabench.benchmarks.tasks import scorers
 
 from .comparing import Entry, Pair, Problem, differences, plain
 from .measures.base import HEADLINES
@@ -46,7 +47,9 @@ def leaderboard(problem: Problem, pairs: list[Pair] | None = None) -> Table:
     columns = (
         Column("method", "method"), Column("n", "n", "count"),
         *(Column(title, names[title], "share") for title in titles), Column("mean", "mean", "share"),
-        Column("gain", "gain", "points"), *COST,
+        Column("gain", "gain", "points"),
+        *(Column(column, title, "share") for column, title in _scored(problem, names).items()),
+        *(Column(scorer.name, scorer.title, "share") for scorer in scorers.over("seeds")), *COST,
         *(Column(f"headline/{name}", title, "number") for name, title in HEADLINE.items()),
         Column("remarks", "remarks"),
     )  # fmt: skip
@@ -54,6 +57,16 @@ def leaderboard(problem: Problem, pairs: list[Pair] | None = None) -> Table:
     return Table(
         problem.name, columns, tuple(rows), tuple(_notes(problem, finished, rows, pairs)), best, tied
     )
+
+
+def _scored(problem: Problem, names: dict[str, str]) -> dict[str, str]:
+    """Column of the runs -> title, of the scores beside accuracy that some finished run has."""
+    return {
+        f"eval/{title}/{scorer.name}": f"{name} {scorer.title}"
+        for title, name in names.items()
+        for scorer in scorers.over("run")
+        if f"eval/{title}/{scorer.name}" in problem.study.finished
+    }
 
 
 def comparisons(problem: Problem, pairs: list[Pair]) -> Table:
@@ -167,6 +180,8 @@ def _row(
         "step_seconds": entry.mean("train/seconds") / steps if steps else math.nan,
     }
     row["memory"] = entry.mean("memory/peak_bytes")
+    row |= {column: entry.mean(column) for column in _scored(problem, {title: title for title in titles})}
+    row |= {scorer.name: problem.over_seeds(entry, scorer) for scorer in scorers.over("seeds")}
     return row | {f"headline/{name}": entry.mean(f"headline/{name}") for name in HEADLINE}
 
 

@@ -40,6 +40,7 @@ from moabench.benchmarks.machine.globals import undisturbed
 from moabench.benchmarks.observing import load_measures
 from moabench.benchmarks.observing.load import LoadCounts
 from moabench.benchmarks.observing.load_measures import Choices
+from moabench.benchmarks.tasks import scorers
 from moabench.benchmarks.tasks.documents import Documents
 from moabench.benchmarks.tasks.rows import Reader
 from moabench.methods import record
@@ -97,7 +98,9 @@ def evaluate(
     for name, task in loaded.items():
         title = tasks.title(name, cfg.data.title, task.form.protocol)
         metrics |= _metrics(f"eval/{title}", results["results"][name])
-        samples += [_sample(record, task.form, title) for record in results["samples"][name]]
+        own = [_sample(record, task.form, title) for record in results["samples"][name]]
+        metrics |= {f"eval/{title}/{s}": scorers.get(s).score(own) for s in task.form.task.scorers}
+        samples += own
         whole = LoadCounts()
         for skill, meter in load.meters[name].items():
             whole.merge(meter)

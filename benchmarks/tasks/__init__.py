@@ -7,6 +7,7 @@ two files that they include: `_choice.yaml` (compared by log-likelihood) and `_m
     version      of the protocol; a change makes old results incomparable
     kind         what a row must have: choices (choices and label), number (a final answer), letter (choices
                  and the right one's letter)
+    scorers      how a run's answers are judged beside accuracy (`scorers/`)
     chance       accuracy of guessing among the choices, 0..1
     blank        the question must have a blank `_`
     instruction  generate: what is asked, in the words of LLM-Adapters (template with the row's keys and those

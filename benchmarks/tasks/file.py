@@ -28,6 +28,11 @@ class TaskFile:
         return self.config["metadata"]
 
     @property
+    def scorers(self) -> tuple[str, ...]:
+        """Names of the scorers of its runs, beside accuracy."""
+        return tuple(self.facts.get("scorers") or ())
+
+    @property
     def kind(self) -> str:
         """choices, number or letter: what the rows must have."""
         return self.facts["kind"]

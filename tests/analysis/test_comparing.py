@@ -1,13 +1,17 @@
 """What may be compared with what, what is flagged, and that the words say no more than the test."""
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from synthetic import write_run
 
 from moabench.analysis import load
-from moabench.analysis.comparing import Pair, problems
+from moabench.analysis.comparing import Entry, Pair, Problem, problems
 from moabench.analysis.statistics import Comparison, Interval
 from moabench.benchmarks.machine import files
+from moabench.benchmarks.tasks import scorers
 from moabench.methods.spec import ConfigError
 
 
@@ -163,3 +167,23 @@ def test_words_turn_the_interval_with_the_difference(runs_dir):
         "molora is better than lora by 5.0 points, 95 % interval 2.0 to 8.0"
         in Pair(a, b, found, 0.001, 1).words()
     )
+
+
+def test_answers_alike_over_seeds():
+    """Two seeds that agree on one question of two; a question may be asked of two tasks, and answered by a
+    text."""
+    samples = pd.DataFrame(
+        {
+            "run": ["a", "a", "b", "b"],
+            "task": "t",
+            "doc_id": ["1", "2", "1", "2"],
+            "prediction": [0, None, 0, None],
+            "extracted": [None, "5", None, "6"],
+        }
+    )
+    runs = pd.DataFrame({"run": ["a", "b"], "state": "finished", "accuracy": 0.5})
+    entry = Entry("x", "x", {}, runs, {})
+    problem = Problem("p", (entry,), SimpleNamespace(samples=samples, finished=runs))
+    consistency = scorers.get("consistency")
+    assert problem.over_seeds(entry, consistency) == 0.5
+    assert math.isnan(problem.over_seeds(Entry("x", "x", {}, runs.iloc[:1], {}), consistency))
