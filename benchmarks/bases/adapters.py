@@ -125,12 +125,10 @@ def _mapping(file: Path, what: str, needed: bool = True) -> dict[str, Any]:
     """A JSON file of the folder. Raises ConfigError."""
     try:
         found = files.read_json(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{what}: {file.name} cannot be read ({type(error).__name__}).") from error
+    except files.Unreadable as error:
+        raise ConfigError(f"{what}: {error.said(file.parent)}") from error
     if found is None and needed:
         raise ConfigError(f"{what}: no {file.name} in it; expected the adapter/ folder of a finished run.")
-    if not isinstance(found, dict | None):
-        raise ConfigError(f"{what}: {file.name} holds {type(found).__name__}; expected a mapping.")
     return found or {}
 
 

@@ -96,10 +96,9 @@ def _content(path: Path, cache: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
         kept = cache / f"file-{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:32]}.json"
         sample = _sample(file, stamp["size"])
-        with contextlib.suppress(OSError, ValueError):  # a cache that cannot be read is made anew
-            known = files.read_json(kept)
-            if isinstance(known, dict) and known.get("sample") == sample and "sha256" in known:
-                return known["sha256"]
+        known = files.cached(kept) or {}
+        if known.get("sample") == sample and "sha256" in known:
+            return known["sha256"]
         file.seek(0)
         content = hashlib.file_digest(file, "sha256").hexdigest()
         if _stamp(file) != stamp:

@@ -114,6 +114,10 @@ def _remove(path: Path) -> None:
 class Unreadable(RunError):
     """A file that is there does not hold what it should; the message names it."""
 
+    def said(self, folder: Path) -> str:
+        """The message with the file as it is called in its folder."""
+        return str(self).removeprefix(f"{folder}{os.sep}")
+
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The mapping that the file holds; None if there is no such file. Raises Unreadable."""

@@ -141,7 +141,7 @@ def status_of(path: Path) -> dict[str, Any]:
             return {"state": "new"}
         _check(status, path)
     except Unreadable as error:
-        return {"state": "broken", "reason": _within(path, error)}
+        return {"state": "broken", "reason": error.said(path)}
     reason = _lacks(path, status)
     return status | {"state": "broken", "reason": reason} if reason else status
 
@@ -164,15 +164,10 @@ def _lacks(path: Path, status: dict[str, Any]) -> str | None:
         if status["state"] == "finished" and read_json(path / "metrics.json") is None:
             return "metrics.json: the run says that it is finished but has none."
     except Unreadable as error:
-        return _within(path, error)
+        return error.said(path)
     if status.get("config") and status["config"] != _digest(path / "config.yaml"):
         return "config.yaml: not what the run has written."
     return None
-
-
-def _within(path: Path, error: Unreadable) -> str:
-    """The message with the file as it is called in the folder."""
-    return str(error).removeprefix(f"{path}{os.sep}")
 
 
 def _digest(file: Path) -> str | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from moabench.benchmarks.config.budget import BudgetConfig
+from moabench.benchmarks.config.choices import groups
 from moabench.benchmarks.config.mix import PartConfig
 from moabench.benchmarks.config.overrides import composed as _composed
 from moabench.benchmarks.config.overrides import prepare
@@ -24,10 +25,7 @@ from moabench.benchmarks.run.prepared import Prepared
 from moabench.benchmarks.run.run import run
 from moabench.benchmarks.world.facts import Axes
 from moabench.methods import catalog
-from moabench.methods.bank import Experts
-from moabench.methods.losses import Loss
-from moabench.methods.router import Router
-from moabench.methods.spec import ConfigError, build
+from moabench.methods.spec import ConfigError, Part, build
 
 SMALL = ["model=random_tiny", "train=smoke", "task=arc_easy", "data.eval_limit=8", "data.train_limit=32"]
 SMALL += ["forgetting=none", "logger=none", "quiet=true", "device=cpu"]
@@ -63,7 +61,8 @@ def _endless(hint, path: str) -> list[str]:
 
 
 def test_every_number_has_an_end():
-    parts = [part for family in (Router, Experts, Loss) for part in family.kinds().values()]
+    parts = [part for family in Part.__subclasses__() for part in family.kinds().values()]
+    assert len(parts) > 15
     assert [key for cls in (RunConfig, PartConfig, *parts) for key in endless(cls, cls.__name__)] == []
 
 
@@ -158,6 +157,16 @@ def test_what_cannot_fit_is_refused_with_its_estimate(words, named, tmp_path, mo
     with pytest.raises(ConfigError, match=named) as error:
         fits.check(prepared, "cpu")
     assert "GiB of cpu's 1.0 GiB" in str(error.value)
+
+
+@pytest.mark.parametrize("method", groups()["method"])
+def test_the_memory_of_every_method_is_known(method, tmp_path, monkeypatch, capsys):
+    """A step that cannot be estimated would be let through."""
+    asked = []
+    monkeypatch.setattr(memory, "total", lambda device: asked.append(device) or 2**40)
+    prepared = Prepared(composed(*SMALL, f"method={method}", f"runs_dir={tmp_path}"))
+    fits.check(prepared, "cpu")
+    assert len(asked) == 1 + 2 * prepared.trains and "not known" not in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_fit_leaves_nothing(tmp_path, monkeypatch):
