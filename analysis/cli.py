@@ -161,7 +161,7 @@ def _table(given: argparse.Namespace) -> None:
 
 
 def _commands(found: list) -> str:
-    from moabench.benchmarks.config.command import command
+    from moabench.benchmarks.command.again import command
 
     lines = []
     for problem in found:

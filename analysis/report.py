@@ -24,7 +24,7 @@ import pandas as pd
 import yaml
 
 from moabench.benchmarks import tasks
-from moabench.benchmarks.config.command import command
+from moabench.benchmarks.command.again import command
 from moabench.benchmarks.run import summary as run_summary
 from moabench.benchmarks.run.reading import Study
 

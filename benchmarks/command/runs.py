@@ -196,7 +196,7 @@ def _ls(given: argparse.Namespace) -> int:
 
 
 def _show(given: argparse.Namespace) -> int:
-    from moabench.benchmarks.config.command import command
+    from moabench.benchmarks.command.again import command
 
     path = find(given.run[0], given.runs)
     status, state = runs.status_of(path), runs.state_of(path)

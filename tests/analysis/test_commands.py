@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from moabench.benchmarks.config.command import _composed, command
+from moabench.benchmarks.command.again import _composed, command
 from moabench.benchmarks.config.run import RunConfig, run_hash
 from moabench.methods import catalog
 

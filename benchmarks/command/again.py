@@ -9,12 +9,11 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from moabench.benchmarks.config.choices import CONF, groups
+from moabench.benchmarks.config.hashing import NOT_IN_HASH
+from moabench.benchmarks.config.overrides import composed
 from moabench.benchmarks.run.reading import flat
 from moabench.methods.spec import ConfigError
-
-from .choices import CONF, groups
-from .hashing import NOT_IN_HASH
-from .overrides import composed
 
 CHOICES = ("method", "model", "data", "mix")
 """Groups that a config names itself; which file of `train` was used it does not say, so that with the fewest
