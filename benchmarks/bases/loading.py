@@ -25,7 +25,7 @@ def load_model(cfg: ModelConfig, seed: int, device: str) -> tuple[PreTrainedMode
     Raises ConfigError for what cannot be loaded.
     """
     check_folder(cfg)
-    tokenizer = _tokenizer(cfg)
+    tokenizer = load_tokenizer(cfg)
     model = _random(cfg, tokenizer, seed) if cfg.kind == "random" else _pretrained(cfg, device)
     if cfg.quantize:
         from moabench.methods.tuner.architecture import keep_layout
@@ -42,7 +42,7 @@ def skeleton(cfg: ModelConfig) -> PreTrainedModel:
 
     check_folder(cfg)
     if cfg.kind == "random":
-        tokenizer = _tokenizer(cfg)
+        tokenizer = load_tokenizer(cfg)
         with torch.device("meta"):
             return _random(cfg, tokenizer, seed=0)
     with _one_error(cfg), torch.device("meta"):
@@ -65,7 +65,7 @@ def _place(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _one_error(cfg):

@@ -102,7 +102,7 @@ def _longest(prepared: Prepared) -> int:
     """Tokens of the longest training row, of those that are longest in letters."""
     rows = heapq.nlargest(CANDIDATES, prepared.mixed[0], key=lambda row: len(str(row)))
     try:
-        examples, _ = encode_rows(loading._tokenizer(prepared.cfg.model), rows, prepared.cfg)
+        examples, _ = encode_rows(loading.load_tokenizer(prepared.cfg.model), rows, prepared.cfg)
     except (ConfigError, KeyError):  # rows that cannot be trained on: said of all of them when they are
         return prepared.cfg.train.max_length
     return max(len(example.ids) for example in examples)

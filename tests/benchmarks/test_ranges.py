@@ -187,7 +187,7 @@ def test_the_step_is_that_of_the_longest_row(tmp_path, monkeypatch):
 
 
 def _tokenizer(prepared):
-    return fits.loading._tokenizer(prepared.cfg.model)
+    return fits.loading.load_tokenizer(prepared.cfg.model)
 
 
 def test_a_base_that_no_method_fits_is_one_error(tmp_path):

@@ -45,7 +45,7 @@ def _frozen(state: State) -> Measured:
         "batch": cfg.train.eval_batch_size,
     }
     file = Path(cfg.runs_dir).expanduser() / ".base" / f"{cfg.model.name}-{digest(shared)[:16]}.json"
-    known = files.read_json(file)
+    known = files.cached(file)
     if known is None:
         known = vars(measured(state))
         prepared.weights.check()
