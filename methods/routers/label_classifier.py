@@ -36,18 +36,15 @@ class LabelClassifier(LinearRouter):
 
     def route(self, scores, training, labels=None):
         experts = scores.shape[-1]
-        if not training:
-            expert = scores.argmax(-1)
-        elif labels is None:
+        if training and labels is None:
             raise ConfigError(
                 "skill_ids=None: expected [batch] int64 in training, since router.kind=label_classifier is "
-                "taught "
-                "by them."
+                "taught by them."
             )
-        else:
+        if training:
             torch._assert_async((labels < experts).all(), "skill_ids: a label without an expert")
-            expert = labels
-        made = one_hot(expert, experts)
+        made = one_hot(labels if training else scores.argmax(-1), experts)
+        if training:
+            made.extras = {"labels": labels.unsqueeze(-1)}
         made.logits = scores
-        made.extras = {"labels": expert.unsqueeze(-1)}
         return made
