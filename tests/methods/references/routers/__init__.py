@@ -22,7 +22,5 @@ FACTS = ()
 """Facts of the batch without which it cannot decide in evaluation: `skill`, `ids`."""
 RULE = True
 """Whether a kernel does its decision, by `Router.rule`."""
-PERMUTES = True
-"""Whether experts in another order get their weights in that order."""
 QUIET = {}
-"""Options -> names of tensors that get no gradient at all under them, as {name: (option, value)}."""
+"""Tensors that get no gradient at all where an option has a value: name -> (option, value)."""

@@ -7,7 +7,6 @@ SOFT = False
 JUMPS = True
 SUMS_TO_ONE = True  # to route_scale, which is 1
 RULE = False  # the bias of the selection is a buffer, and no part of a kernel's rule
-PERMUTES = False  # the bias goes with the experts
 VARIANTS = [{"k": 1}, {}, {"k": 5}, {"k": 3, "bias": True, "route_scale": 2.5}]
 
 
