@@ -29,9 +29,8 @@ from moabench.methods.spec import Bound, ConfigError
 
 EXAMPLES = int(os.environ.get("MOABENCH_CONFIGS", 300))
 FITTING = {
-    "linear": ["lora", "lora_shared_a"],
-    "ffn": ["ffn_lora", "parallel_adapter"],
-    "block": ["lora", "parallel_adapter", "prompt"],
+    site: sorted(kind for kind, part in Experts.kinds().items() if site in part.sites)
+    for site in ("linear", "ffn", "block")
 }
 WRONG = st.sampled_from(["x", -1, None, 0, 1e9, [], {}, True, "1"])
 
@@ -83,12 +82,7 @@ def parts(draw, family: type, kind: str | None = None) -> dict[str, Any]:
 def mixtures(draw) -> dict[str, Any]:
     """A mixture whose parts fit together more often than not."""
     site = draw(st.sampled_from(["linear", "ffn", "block"]))
-    fitting = {
-        "linear": ["lora", "lora_shared_a"],
-        "ffn": ["ffn_lora", "parallel_adapter"],
-        "block": ["lora", "parallel_adapter", "prompt"],
-    }
-    kinds = sorted(Experts.kinds()) if draw(st.integers(0, 20)) == 0 else fitting[site]
+    kinds = sorted(Experts.kinds()) if draw(st.integers(0, 20)) == 0 else FITTING[site]
     if site == "block" or draw(st.integers(0, 9)) == 0:
         chosen = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique=True))
         experts = {
@@ -102,7 +96,7 @@ def mixtures(draw) -> dict[str, Any]:
         found["losses"] = {kind: draw(options(Loss.kinds()[kind]))}
     if site == "block":
         found["input"] = draw(st.sampled_from(["raw", "normed"]))
-        found["gates"] = draw(st.sampled_from(["expert", "family"]))
+        found["gates"] = draw(st.sampled_from(["expert", "index", "family"]))
     return found
 
 

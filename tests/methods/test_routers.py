@@ -1,5 +1,5 @@
-"""Every registered router against its loop in fp64 (references/routers), the invariants that all routers share,
-and those of each card.
+"""Every registered router against its loop in fp64 (references/routers), the invariants that all routers
+share, and those of each card.
 
 Run: python -m pytest tests/methods/test_routers.py
 """

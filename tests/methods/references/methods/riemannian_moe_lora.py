@@ -16,7 +16,7 @@ CASES = [
 ]
 START = None
 COUNTS = [("LLAMA_32_3B", {}, 52_756_480)]
-SIZES = {"experts.n": 3, "experts.r": 2, "router.k": 2}
+SIZES = {"experts.n": 3, "experts.r": 2, "experts.alpha": 2, "router.k": 2}
 GROWS = [
     {"experts.r": 3},
     {"experts.n": 10},
