@@ -94,7 +94,8 @@ def test_one_expert_is_lora(name, rslora):
         m(**given(m, inputs), labels=inputs["input_ids"]).loss.backward()
     assert_near("logits", logits(model, **inputs), logits(lora, **inputs), BOUND)
     modules = dict(lora.named_modules())
-    for site, bank in ((site, bank) for site in model.base_model.sites() for bank in site.banks):
+    sites = model.base_model.sites()
+    for site, bank in ((one, bank) for one in sites for bank in one.banks):
         parent = "mlp" if bank.place == "down" else "self_attn"
         layer = modules[f"base_model.model.model.layers.{site.name.split('.')[2]}.{parent}.{bank.place}_proj"]
         assert_near(f"{site.name}.A.grad", bank.A.grad, layer.lora_A["default"].weight.grad, 1e-4)
