@@ -183,8 +183,9 @@ def test_labels_are_needed_in_training_and_only_there():
         model(**batch())
     with pytest.raises(ConfigError, match="taught by them"):
         model.train()(**batch())
-    with pytest.raises(RuntimeError, match="a label without an expert"):
-        model(**batch(), skill_ids=torch.tensor([0, 4]))
+    for label in (4, -1):
+        with pytest.raises(ConfigError, match=rf"skill_ids\[1\]={label}: expected 0 to 3"):
+            model(**batch(), skill_ids=torch.tensor([0, label]))
 
 
 def test_an_untrained_mixture_is_the_base_for_every_label():
