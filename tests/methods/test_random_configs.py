@@ -15,10 +15,10 @@ import typing
 from typing import Any, Literal
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import base, batch
+from tiny import given as given_facts
 
 from moabench import methods
 from moabench.methods import catalog
@@ -140,15 +140,13 @@ def frozen():
     ],
 )
 def test_a_config_trains_a_step_or_stops_with_one_error(frozen, data):
-    inputs = batch(right=3)
     try:
         model = methods.attach(copy.deepcopy(frozen), data)
     except ConfigError as error:
         text = str(error)
         assert text and "\n" not in text and len(text) < 1500
         return
-    if getattr(model, "accepts_skill_ids", False):
-        inputs["skill_ids"] = torch.arange(len(inputs["input_ids"]))
+    inputs = given_facts(model, batch(right=3))
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.train()
     with methods.record(model) as recorder:
