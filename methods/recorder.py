@@ -80,8 +80,8 @@ class Recorder:
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """Auxiliary losses by kind, each already multiplied by its coefficient; kinds whose coefficient is 0, or
-        that were given nothing to read, are left out."""
+        """Auxiliary losses by kind, each already multiplied by its coefficient; kinds whose coefficient is 0,
+        or that were given nothing to read, are left out."""
         return auxiliary(self.entries)
 
 

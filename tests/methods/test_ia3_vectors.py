@@ -102,7 +102,7 @@ def test_vectors_scale_what_the_linear_gives_before_norms_and_positions(architec
 
 def test_weight_decay_leaves_vectors_alone():
     """It would pull them to 0, and the activations with them."""
-    exempt = {n for n, p in trainable(attached("mov")).items() if getattr(p, "no_weight_decay", False)}
+    exempt = {n for n, p in trainable(attached("mov")).items() if p.no_weight_decay}
     assert exempt == {n for n in trainable(attached("mov")) if n.endswith("vectors")}
 
 

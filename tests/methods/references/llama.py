@@ -63,7 +63,7 @@ class LoopLlama:
                 groups[kind, loss][site.name] = self.routing[site.name]
         total = {}
         for (kind, loss), routing in groups.items():
-            options = {k: v for k, v in vars(loss).items() if k != "coef"}
+            options = {k: v for k, v in vars(loss).items() if k not in ("coef", "batch")}
             value = references.of("losses", kind).value(routing, **options) if loss.coef else None
             if value is not None:
                 total[kind] = total.get(kind, 0) + loss.coef * value
@@ -145,7 +145,7 @@ class LoopLlama:
         n, gates = bank.part.n, site.mixture.gates
         if choice is None:
             return [1.0] * n
-        if site.kind == "linear" or gates == "index":
+        if site.kind == "linear":
             return choice.w
         places = sorted(site.banks, key=lambda b: ORDER.index(b.place))
         if gates == "expert":
@@ -154,6 +154,9 @@ class LoopLlama:
             )
             return choice.w[starts[id(bank)] :][:n]
         names = list(dict.fromkeys(b.name for b in places))
+        if gates == "index":  # of each bank, whatever the place
+            numbers = {b.name: b.part.n for b in places}
+            return choice.w[sum(numbers[name] for name in names[: names.index(bank.name)]) :][:n]
         gate = gates.get(bank.name, bank.name) if isinstance(gates, dict) else bank.name
         return [choice.w[names.index(gate)]] * n
 
