@@ -48,6 +48,10 @@ class Loss(Part):
         """What it must find in a Routing, one of what `Router.gives` names."""
         return "probs"
 
+    def given(self, routing: Routing) -> bool:
+        """Whether a pass's routing has what the loss reads; where it has not, the pass has no such loss."""
+        return True
+
     def sums(self, routing: Routing) -> Tensor:
         """What the passes over a batch must know of each other: sums over real tokens, [G, ...], without
         gradient. batch=global only."""
@@ -70,11 +74,12 @@ Sums = dict[tuple[str, Loss], list["Tensor"]]
 
 
 def read_by(entries: Iterable[Entry]) -> dict[tuple[str, Loss], list[Routing]]:
-    """The routings that each loss reads; losses whose coefficient is 0 are left out."""
+    """The routings that each loss reads; losses whose coefficient is 0, or that a pass gives nothing to read,
+    are left out."""
     found: dict[tuple[str, Loss], list[Routing]] = {}
     for _, routing, losses in entries:
         for kind, loss in losses.items():
-            if loss.coef > 0:
+            if loss.coef > 0 and loss.given(routing):
                 found.setdefault((kind, loss), []).append(routing)
     return found
 
@@ -195,7 +200,8 @@ class ZLoss(Loss):
 @dataclass(frozen=True)
 class LabelCrossEntropy(Loss):
     """`L = mean_b -log softmax(z_b)[label_b]` over sequences b (arXiv 2403.03432 teaches its routers by
-    domain labels; coefficient and mean are ours). Read where the router was given labels, in training.
+    domain labels; coefficient and mean are ours). There is none where the router was given no labels, as in
+    evaluation.
 
     batch=micro alone: a mean over sequences, of which every pass of a step has as many, is the mean over
     passes.
@@ -208,6 +214,9 @@ class LabelCrossEntropy(Loss):
     @property
     def reads(self):
         return "labels"
+
+    def given(self, routing):
+        return "labels" in routing.extras
 
     def per_site(self, routings, whole=None):
         values = []

@@ -80,8 +80,8 @@ class Recorder:
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """Auxiliary losses by kind, each already multiplied by its coefficient; kinds whose coefficient is 0
-        are left out."""
+        """Auxiliary losses by kind, each already multiplied by its coefficient; kinds whose coefficient is 0,
+        or that were given nothing to read, are left out."""
         return auxiliary(self.entries)
 
 
@@ -102,7 +102,8 @@ def _join(routings: list[Routing]) -> Routing:
         if all(r.mask is None for r in routings)
         else torch.cat([m.to(first.weights.device) for m in masks])
     )
-    extras = {k: torch.cat([r.extras[k] for r in routings]) for k in first.extras}
+    shared = [k for k in first.extras if all(k in r.extras for r in routings)]
+    extras = {k: torch.cat([r.extras[k] for r in routings]) for k in shared}
     return replace(first, **joined, mask=mask, extras=extras)
 
 

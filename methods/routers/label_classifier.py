@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..lazy import Lazy
 from ..router import LinearRouter
 from ..routing import one_hot
 from ..spec import ConfigError
-
-torch = Lazy("torch")
 
 
 @dataclass(frozen=True)
@@ -35,19 +32,13 @@ class LabelClassifier(LinearRouter):
         return super().scores(p, x.detach())
 
     def route(self, scores, training, labels=None):
-        experts = scores.shape[-1]
-        if not training:
-            expert = scores.argmax(-1)
-        elif labels is None:
+        if training and labels is None:
             raise ConfigError(
                 "skill_ids=None: expected [batch] int64 in training, since router.kind=label_classifier is "
-                "taught "
-                "by them."
+                "taught by them."
             )
-        else:
-            torch._assert_async((labels < experts).all(), "skill_ids: a label without an expert")
-            expert = labels
-        made = one_hot(expert, experts)
+        made = one_hot(labels if training else scores.argmax(-1), scores.shape[-1])
+        if training:
+            made.extras = {"labels": labels.unsqueeze(-1)}
         made.logits = scores
-        made.extras = {"labels": expert.unsqueeze(-1)}
         return made

@@ -12,6 +12,7 @@ from ..rule import Rule
 from ..spec import ConfigError, Count, NonNegative, Positive
 
 torch = Lazy("torch")
+route = Lazy("moabench.kernels.route")
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class SigmoidBias(LinearRouter):
         biased = gates.detach() + load_bias
         ids = biased.sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
         chosen = torch.zeros_like(gates, dtype=torch.bool).scatter_(-1, ids, True)
-        weights = gates * chosen
-        if self.k > 1:
-            weights = weights / weights.sum(-1, keepdim=True)
+        if self.k > 1:  # softmax of log s over the selected is s_i / sum_S s, where all s are 0 in fp32 too
+            logs = torch.nn.functional.logsigmoid(scores)
+            weights = route.softmax(logs.masked_fill(~chosen, float("-inf")))
+        else:
+            weights = gates * chosen
         return Routing(weights=self.route_scale * weights, chosen=chosen, probs=gates, logits=scores, ids=ids)
 
 

@@ -224,7 +224,19 @@ class MixtureModel(BaseTuner):
             # beams and returned sequences of a prompt lie together
             if given.dim() == 1 and len(given) and count % len(given) == 0:
                 given = given.repeat_interleave(count // len(given))
-        return None if given is None else checked_skills(given, count).to(tokens.device)
+        if given is None:
+            return None
+        return checked_skills(given, count, self._labels()).to(tokens.device)
+
+    def _labels(self) -> int | None:
+        """How many labels the routers know that are taught by them; None where no router is."""
+        counts = [
+            len(mixture.expert_names)
+            for layer in self._active_layers()
+            for mixture in layer.plan.mixtures
+            if mixture.router.reads_skills(self.training) and not mixture.router.reads_facts
+        ]
+        return min(counts, default=None)
 
     def _active_layers(self) -> list[MixtureLayer]:
         layers = self.__dict__.get("_layer_list")
@@ -260,17 +272,21 @@ def refuse_packed(positions: Tensor | None) -> None:
         )
 
 
-def checked_skills(ids: Tensor, count: int) -> Tensor:
-    """`ids` [count] int64, all at least 0. Raises ConfigError; on a GPU a negative id stops the device
-    instead, without a wait."""
+def checked_skills(ids: Tensor, count: int, labels: int | None = None) -> Tensor:
+    """`ids` [count] int64, all at least 0, and below `labels` where they are labels. Raises ConfigError; on a
+    GPU a wrong id stops the device instead, without a wait."""
     if ids.dtype != torch.int64 or tuple(ids.shape) != (count,):
         found = f"{tuple(ids.shape)} {str(ids.dtype).removeprefix('torch.')}"
         raise ConfigError(f"skill_ids={found}: expected ({count},) int64, the id of each sequence's skill.")
-    what = "expected ids from 0 on; -1 is a row whose skill is unknown, and an oracle cannot route it."
+    if labels is None:
+        what = "expected ids from 0 on; -1 is a row whose skill is unknown, and an oracle cannot route it."
+    else:
+        what = f"expected 0 to {labels - 1}, since the router has {labels} experts, one for each label."
+    wrong = ids < 0 if labels is None else (ids < 0) | (ids >= labels)
     if ids.device.type != "cpu" or is_fake(ids):
-        torch._assert_async((ids >= 0).all(), f"skill_ids: {what}")
-    elif (wrong := (ids < 0).nonzero()).numel():
-        row = int(wrong[0])
+        torch._assert_async(~wrong.any(), f"skill_ids: {what}")
+    elif (rows := wrong.nonzero()).numel():
+        row = int(rows[0])
         raise ConfigError(f"skill_ids[{row}]={int(ids[row])}: {what}")
     return ids
 

@@ -6,14 +6,17 @@ Run: python -m pytest tests/kernels/test_route_rule.py   (Triton in its interpre
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import references
 import torch
 from compare import assert_near
 from torch.utils.checkpoint import checkpoint
 
 from moabench.kernels import backend, route
-from moabench.methods import Router, catalog
-from moabench.methods.router import FactRouter, decide
+from moabench.methods import Router
+from moabench.methods.router import decide
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
@@ -22,25 +25,14 @@ BACKENDS = [
         "triton", marks=pytest.mark.skipif(not backend.installed(), reason="Triton is not installed")
     ),
 ]
-ROUTERS = [
-    ("softmax", {}),
-    *(("topk", {"k": k, "renormalize": r}) for k in (1, 2, 5) for r in (True, False)),
-    *(
-        ("top_p", {"p": p, "renormalize": r})
-        for p, r in ((0.6, True), (0.6, False), (0.05, True), (0.95, True))
-    ),
-    ("adaptive_threshold", {}),
-    ("adaptive_threshold", {"weights": "plain", "tau_max": 0.4}),
-    ("adaptive_threshold", {"threshold": "constant", "weights": "plain"}),
-    ("adaptive_threshold", {"threshold": "constant", "tau_max": 0.5}),
-    ("sigmoid", {}),
-    *(
-        ("threshold", {"dynamic": d, "gamma_max": 0.8, "grad": g})
-        for d in (True, False)
-        for g in ("none", "subtract", "ste")
-    ),
-    ("threshold", {"gamma_max": 0.0, "grad": "subtract"}),
-]
+KINDS = sorted(kind for kind in Router.kinds() if references.of("routers", kind).RULE)
+ROUTERS = list(  # options that make a rule of their own
+    {
+        Router.of_kind(kind, "router")(**options).rule: (kind, options)
+        for kind in KINDS
+        for options in reversed(references.of("routers", kind).VARIANTS)
+    }.values()
+)
 SHAPES = [  # tokens, sites, experts
     (1, 1, 1),  # one token, one expert
     (130, 1, 8),  # one more tile than whole ones
@@ -53,8 +45,8 @@ TENSORS = ("weights", "probs", "tau", "z-loss")
 
 def make(kind, options, experts=8):
     """The router, fitted to few experts."""
-    options = options | ({"k": min(options["k"], experts)} if "k" in options else {})
-    return Router.of_kind(kind, "router")(**options)
+    router = Router.of_kind(kind, "router")(**options)
+    return replace(router, k=min(router.k, experts)) if hasattr(router, "k") else router
 
 
 def scores_for(router, tokens, sites, experts, dtype=torch.float64):
@@ -120,26 +112,24 @@ def test_every_option(kind, options, name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", ["softmax", "topk", "top_p", "adaptive_threshold", "sigmoid", "threshold"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_shapes(kind, shape, name):
     torch.manual_seed(1)
     if shape[2] == 1 and kind == "adaptive_threshold":  # p = 1, far from tau
         compare(make(kind, {"tau_max": 0.4}), shape, name)
     else:
-        compare(make(kind, {"k": 2} if kind == "topk" else {}, shape[2]), shape, name)
+        compare(make(kind, {}, shape[2]), shape, name)
 
 
-def test_every_shipped_router_has_a_rule():
-    for name in catalog.names():
-        for mixture in getattr(catalog.parse(catalog.raw(name)), "mixtures", ()):
-            router = mixture.router
-            assert (
-                isinstance(router, FactRouter) or router.kind == "none" or isinstance(router.rule, route.Rule)
-            ), name
+@pytest.mark.parametrize("kind", sorted(Router.kinds()))
+def test_every_router_has_a_rule_or_says_that_it_has_none(kind):
+    """In its reference (tests/methods/references/routers)."""
+    rule = Router.of_kind(kind, "router")().rule
+    assert isinstance(rule, route.Rule) == references.of("routers", kind).RULE
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("kind", sorted({k for k, _ in ROUTERS}))
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_sites(kind, name):
     """A decision for scores [T, H], as a block's router makes it."""
     torch.manual_seed(2)
@@ -193,7 +183,7 @@ def test_extremes(kind, options, name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("kind", sorted({k for k, _ in ROUTERS}))
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_token(kind, name):
     router = make(kind, {})
     scores = scores_for(router, 0, 2, 8, torch.float32)
@@ -203,7 +193,7 @@ def test_no_token(kind, name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("kind", sorted({k for k, _ in ROUTERS}))
+@pytest.mark.parametrize("kind", KINDS)
 def test_permuted_and_repeated(kind, name):
     """Experts in another order give the weights in that order; two runs are bitwise equal."""
     torch.manual_seed(5)

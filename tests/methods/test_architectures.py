@@ -22,6 +22,7 @@ from tiny import (
     attached,
     base,
     batch,
+    facts,
     logits,
     prompt_mask,
     train,
@@ -58,6 +59,7 @@ def test_attach_train_generate_save_disable(name, plain, tmp_path):
     with torch.no_grad():
         for start, stop in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, inputs["input_ids"].shape[1])):
             out = model(
+                **(facts(model, inputs) if cache is None else {}),
                 input_ids=inputs["input_ids"][:, start:stop],
                 position_ids=inputs["position_ids"][:, start:stop],
                 attention_mask=inputs["attention_mask"][:, :stop],
@@ -72,6 +74,7 @@ def test_attach_train_generate_save_disable(name, plain, tmp_path):
                 BOUND,
             )
         tokens = model.generate(
+            **facts(model, inputs),
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=3,

@@ -7,8 +7,9 @@ In Triton's interpreter where there is no GPU. Run: python -m pytest tests/metho
 from __future__ import annotations
 
 import pytest
+import references
 import torch
-from tiny import METHODS, MIXTURES, answer_only, assert_near, attached, batch, logits, losses, trainable
+from tiny import MIXTURES, answer_only, assert_near, attached, batch, logits, losses, trainable
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -16,11 +17,8 @@ from moabench import methods
 from moabench.kernels import backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = {
-    name: {"experts.n": 3, "experts.r": 2} if "n" in METHODS[name].data["experts"] else {}
-    for name in MIXTURES
-}
-"""Fewer experts where there are eight: the interpreter takes its time."""
+SIZES = {name: references.of("methods", name).SIZES for name in MIXTURES}
+"""Fewer experts where there are many: the interpreter takes its time."""
 
 
 def placed(tensors: dict) -> dict:

@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from moabench import methods
 from moabench.methods.effects import can_run, has_low_rank, low_rank_pairs, weighted
 
-LINEAR = ["molora", "moe_lora_topk", "adamole", "hydralora", "molora_random"]
+OF_LINEARS = [
+    name
+    for name in tiny.ROUTED
+    if (mixture := tiny.METHODS[name].mixtures[0]).site == "linear"
+    and all(bank.low_rank for bank in mixture.banks.values())
+]
 
 
 def nothing(routing):
@@ -25,13 +30,13 @@ def watched(model, names=None, **more):
         if names is None
         else names
     )
-    inputs = tiny.batch(right=2) | more
+    inputs = tiny.given(model, tiny.batch(right=2)) | more
     with torch.no_grad(), methods.record(model) as recorder, methods.watch(model, names) as found:
         model(**inputs, use_cache=False)
     return found, recorder.routing
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", OF_LINEARS)
 def test_low_rank_outputs_are_those_of_the_place_run_with_one_expert(name):
     found, routing = watched(tiny.attached(name))
     for site, w in list(found.items())[:6]:

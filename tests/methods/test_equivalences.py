@@ -7,11 +7,33 @@ Run: python -m pytest tests/methods/test_equivalences.py
 from __future__ import annotations
 
 import pytest
+import references
 import torch
-from tiny import answer_only, assert_near, attached, base, batch, logits, trainable
+from tiny import (
+    METHODS,
+    MIXTURES,
+    ROUTED,
+    answer_only,
+    assert_near,
+    attached,
+    base,
+    batch,
+    given,
+    logits,
+    trainable,
+)
 
 BOUND = 1e-5
-LINEAR = ("molora", "moe_lora_topk", "hydralora", "adamole")
+ALONE = {name: references.of("methods", name).ONE_EXPERT for name in MIXTURES}
+"""Overrides by method with which one expert is plain LoRA."""
+LINEAR = [
+    name
+    for name in ROUTED
+    if METHODS[name].mixtures[0].site == "linear"
+    and METHODS[name].mixtures[0].router.linear
+    and all(bank.low_rank for bank in METHODS[name].mixtures[0].banks.values())
+]
+"""Routers of one linear map and low-rank experts on each linear."""
 ONE = {"experts.n": 1, "experts.r": 4, "experts.alpha": 6}
 
 
@@ -61,19 +83,19 @@ def peft_lora(model, **overrides):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("name", [*LINEAR, "none"])
+@pytest.mark.parametrize("name", [*(n for n, options in ALONE.items() if options is not None), "none"])
 def test_one_expert_is_lora(name, rslora):
     """Outputs and gradients equal PEFT's LoRA with the same A and B (p = 1 for a softmax over one expert)."""
-    options = {"moe_lora_topk": {"router.k": 1}, "none": {"router.kind": "none"}}.get(name, {})
+    options = ALONE.get(name, {"router.kind": "none"}) | {"experts.targets": ["q", "k", "v", "o", "down"]}
     model = attached("molora" if name == "none" else name, **ONE, **{"experts.rslora": rslora}, **options)
     lora = peft_lora(model, **{"experts.rslora": rslora})
     inputs = batch(left=2)
     for m in (model, lora):
-        m(**inputs, labels=inputs["input_ids"]).loss.backward()
+        m(**given(m, inputs), labels=inputs["input_ids"]).loss.backward()
     assert_near("logits", logits(model, **inputs), logits(lora, **inputs), BOUND)
     modules = dict(lora.named_modules())
-    for site in model.base_model.sites():
-        bank = site.banks[0]
+    sites = model.base_model.sites()
+    for site, bank in ((one, bank) for one in sites for bank in one.banks):
         parent = "mlp" if bank.place == "down" else "self_attn"
         layer = modules[f"base_model.model.model.layers.{site.name.split('.')[2]}.{parent}.{bank.place}_proj"]
         assert_near(f"{site.name}.A.grad", bank.A.grad, layer.lora_A["default"].weight.grad, 1e-4)
@@ -115,7 +137,8 @@ def test_rslora_is_lora_at_another_alpha():
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_equal_experts_make_the_router_irrelevant(name):
-    model = attached(name, **{"experts.n": 3, "experts.r": 2})
+    sizes = references.of("methods", name).SIZES
+    model = attached(name, **(sizes | {"experts.n": 3, "experts.r": 2}))
     with torch.no_grad():
         for site in model.base_model.sites():
             a, b = site.banks[0].A, site.banks[0].B
@@ -128,9 +151,10 @@ def test_equal_experts_make_the_router_irrelevant(name):
     assert_near("logits", logits(model, **batch()), want, BOUND)
 
 
-@pytest.mark.parametrize("name", [*LINEAR, "mixlora", "mixlora_dynamic"])
+@pytest.mark.parametrize("name", [*LINEAR, *(n for n in ROUTED if METHODS[n].mixtures[0].site == "ffn")])
 def test_permuting_experts_with_their_router_rows_changes_nothing(name):
-    model = attached(name, **{"experts.n": 4, "experts.r": 2})
+    sizes = references.of("methods", name).SIZES
+    model = attached(name, **(sizes | {"experts.n": 4, "experts.r": 2}))
     want = logits(model, **batch())
     order = torch.tensor([2, 0, 3, 1])
     rows = (order[:, None] * 2 + torch.arange(2)).flatten()

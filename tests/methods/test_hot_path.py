@@ -8,32 +8,40 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import GIVEN, METHODS, answer_only, assert_near, attached, base, batch, losses, trainable
+from tiny import (
+    METHODS,
+    MIXTURES,
+    answer_only,
+    assert_near,
+    attached,
+    base,
+    batch,
+    given,
+    losses,
+    needing,
+    trainable,
+)
 
 from moabench.benchmarks.speed.measure import Counted, saved_storages
 from moabench.benchmarks.speed.whole import linear_inputs
 from moabench.methods.bank import LinearExperts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-ALL = [name for name, method in METHODS.items() if method.tuner == "mixture"]
 OF_LINEARS = [
-    n for n in ALL if all(isinstance(b, LinearExperts) for m in METHODS[n].mixtures for b in m.banks.values())
+    n
+    for n in MIXTURES
+    if all(isinstance(b, LinearExperts) for m in METHODS[n].mixtures for b in m.banks.values())
 ]
-
-
-def facts(name: str, sequences: int = 2) -> dict[str, torch.Tensor]:
-    """The true skills, for the methods that may read them."""
-    return {"skill_ids": torch.arange(sequences)} if name in GIVEN else {}
 
 
 def reads_skills(name: str) -> bool:
     return any(m.router.reads_skills(True) for m in METHODS[name].mixtures)
 
 
-def step(model, name: str = "", device: str = "cpu") -> None:
+def step(model, device: str = "cpu") -> None:
     """A training step's forward and backward, auxiliary losses included; of a frozen model, to its
     embeddings."""
-    inputs = {k: v.to(device) for k, v in (batch(left=2) | facts(name)).items()}
+    inputs = {k: v.to(device) for k, v in batch(left=2).items()}
     labels = answer_only(inputs["input_ids"])
     if not trainable(model):
         inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).requires_grad_()
@@ -43,10 +51,10 @@ def step(model, name: str = "", device: str = "cpu") -> None:
     (task + sum(extra.values())).backward()
 
 
-def waits(model, name: str = "") -> dict[str, int]:
+def waits(model) -> dict[str, int]:
     """Host waits of a step, by operator."""
     with Counted() as counted:
-        step(model.train(), name)
+        step(model.train())
     return dict(counted.waits)
 
 
@@ -55,15 +63,7 @@ def frozen_waits():
     return waits(base().requires_grad_(False))
 
 
-AUXILIARY = {
-    "molora": "cv_squared",
-    "hydralora": "switch_balance",
-    "moe_lora_topk": "switch_balance",
-    "adamole": "switch_balance",
-}
-
-
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", MIXTURES)
 def test_no_adapter_makes_the_host_wait(name, frozen_waits):
     """No nonzero, item, boolean indexing, unique, masked_select or bincount beyond the frozen model's own, in
     forward, auxiliary losses and backward. On a CPU, and only there, an oracle's skill ids are checked by
@@ -71,16 +71,16 @@ def test_no_adapter_makes_the_host_wait(name, frozen_waits):
     allowed = dict(frozen_waits)
     if reads_skills(name):
         allowed["aten.nonzero.default"] = allowed.get("aten.nonzero.default", 0) + 1
-    found = waits(attached(name), name)
+    found = waits(attached(name))
     assert not {op: n for op, n in found.items() if n > allowed.get(op, 0)}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", MIXTURES)
 def test_no_adapter_synchronises_a_gpu(name):
     """CUDA itself refuses to synchronise from the first layer's mixture to the last gradient."""
     model = attached(name, base().to("cuda")).train()
-    step(model, name, "cuda")  # lazy initialisation may wait
+    step(model, "cuda")  # lazy initialisation may wait
     layers = model.base_model.mixture_layers()
     first, last = layers[0].layer.module, layers[-1].layer.module
     hooks = [
@@ -89,7 +89,7 @@ def test_no_adapter_synchronises_a_gpu(name):
         last.register_full_backward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error")),
     ]
     try:
-        step(model, name, "cuda")
+        step(model, "cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
         for hook in hooks:
@@ -99,18 +99,17 @@ def test_no_adapter_synchronises_a_gpu(name):
 # Bytes kept for the backward
 
 
-def kept(model, name: str, sequences: int, length: int = 8) -> int:
+def kept(model, sequences: int, length: int = 8) -> int:
     """Bytes that a forward keeps, the inputs of frozen linears (which every adapter keeps for dA) left
     out."""
     ids = torch.randint(3, 97, (sequences, length), generator=torch.Generator().manual_seed(0))
     seen, hooks = linear_inputs(model)
-    embedded = (
-        {"inputs_embeds": model.get_input_embeddings()(ids).requires_grad_()}
-        if not trainable(model)
-        else {"input_ids": ids}
-    )
+    if trainable(model):
+        inputs = given(model, {"input_ids": ids})
+    else:
+        inputs = {"inputs_embeds": model.get_input_embeddings()(ids).requires_grad_()}
     with saved_storages() as storages:
-        out = model.train()(**embedded, **facts(name, sequences), use_cache=False)
+        out = model.train()(**inputs, use_cache=False)
     for hook in hooks:
         hook.remove()
     del out
@@ -121,7 +120,7 @@ def added(name: str, overrides: dict | None = None, **sizes) -> float:
     """Bytes a token and block that an adapter keeps and the frozen model does not; what does not grow with
     the tokens is left out."""
     adapted, frozen = attached(name, base(**sizes), **(overrides or {})), base(**sizes).requires_grad_(False)
-    growth = [kept(adapted, name, n) - kept(frozen, name, n) for n in (2, 6)]
+    growth = [kept(adapted, n) - kept(frozen, n) for n in (2, 6)]
     return (growth[1] - growth[0]) / (4 * 8) / frozen.config.num_hidden_layers
 
 
@@ -155,9 +154,9 @@ def test_what_a_mixture_keeps_does_not_depend_on_the_output_widths(name):
     "name",
     [
         n
-        for n in ALL
+        for n in MIXTURES
         if METHODS[n].mixtures[0].site in ("linear", "ffn")
-        and n not in GIVEN
+        and n not in needing("skill") + needing("ids")
         and {"down", "ffn"} & {p for b in METHODS[n].mixtures[0].banks.values() for p in b.places}
     ],
 )
@@ -168,7 +167,7 @@ def test_compiled_gives_the_same_numbers(name):
     for compiled in (False, True):
         torch._dynamo.reset()
         model = attached(
-            name, base(num_hidden_layers=1), **({"also": None} if name.startswith("mixlora") else {})
+            name, base(num_hidden_layers=1), **({"also": None} if "also" in METHODS[name].data else {})
         )
         block = model.base_model.model.model.layers[0].mlp
         x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(5)).requires_grad_()

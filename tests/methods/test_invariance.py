@@ -8,12 +8,33 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ADAPTERS, MIXTURES, PAD, assert_near, attached, base, batch, logits, prompt_mask
+from tiny import (
+    ADAPTERS,
+    METHODS,
+    MIXTURES,
+    PAD,
+    SPARSE,
+    assert_near,
+    attached,
+    base,
+    batch,
+    facts,
+    given,
+    logits,
+    needing,
+    prompt_mask,
+)
 
 from moabench import methods
 from moabench.methods.spec import ConfigError
 
-SEQUENCE = ("moa_instance", "unipeft")
+SEQUENCE = [
+    name
+    for name in MIXTURES
+    if any(m.router.granularity == "sequence" and m.router.reads_prompt for m in METHODS[name].mixtures)
+]
+"""Methods that decide once a sequence, from its prompt."""
+POOLING = [name for name in SEQUENCE if name not in needing("ids")]
 PROMPT = 5
 BOUND = 2e-5
 
@@ -45,12 +66,13 @@ def test_padding_and_neighbours_change_nothing(name, left, right):
 def test_padding_changes_no_selection_and_no_load(side):
     """Every sparse router makes the same choice for a token whatever surrounds it, and the mask tells padding
     apart."""
-    for name in ("moa_sparse", "moe_lora_topk", "adamole", "mixlora", "mixlora_dynamic"):
+    for name in SPARSE:
         model = attached(name)
         inputs = batch(**{side: 3})
-        routing = methods.capture_routing(model, inputs)
+        prompt = inputs["attention_mask"].bool()
+        routing = methods.capture_routing(model, {**given(model, inputs), "prompt_mask": prompt})
         real = inputs["attention_mask"][0].bool()
-        single = methods.capture_routing(model, {"input_ids": inputs["input_ids"][:1, real]})
+        single = methods.capture_routing(model, given(model, {"input_ids": inputs["input_ids"][:1, real]}))
         for site, found in routing.items():
             assert torch.equal(found.mask, inputs["attention_mask"].bool().flatten())
             assert torch.equal(found.selected[: len(real)][real], single[site].selected), f"{name} {site}"
@@ -82,7 +104,7 @@ def test_official_mean_leaks_the_future():
         model(input_ids=changed[:, :1], past_key_values=cache, use_cache=True)
 
 
-@pytest.mark.parametrize("name", SEQUENCE)
+@pytest.mark.parametrize("name", POOLING)
 @pytest.mark.parametrize("pool", ["prompt_mean", "last_prompt"])
 def test_one_gate_a_sequence(name, pool):
     model = attached(name, **{"router.pool": pool})
@@ -92,7 +114,8 @@ def test_one_gate_a_sequence(name, pool):
     for found in routing.values():
         per_sequence = found.weights.unflatten(0, (2, -1))
         assert torch.equal(per_sequence, per_sequence[:, :1].expand_as(per_sequence))
-        assert not torch.allclose(per_sequence[0, 0], per_sequence[1, 0]), "sequences are independent"
+        logits_ = found.logits.unflatten(0, (2, -1))
+        assert not torch.allclose(logits_[0, 0], logits_[1, 0]), "sequences are independent"
 
 
 def test_sequence_of_one_token_equals_the_token_router():
@@ -120,8 +143,10 @@ def test_cached_logits_equal_full_logits(name, chunks):
     real, start, cache = inputs["attention_mask"].bool(), 0, None
     for size in chunks:
         now = slice(start, start + size)
+        skills = facts(model, inputs) if cache is None else {}  # they are kept with the cache
         with torch.no_grad():
             out = model(
+                **skills,
                 input_ids=inputs["input_ids"][:, now],
                 position_ids=inputs["position_ids"][:, now],
                 attention_mask=inputs["attention_mask"][:, : now.stop],
@@ -138,7 +163,8 @@ def test_cached_logits_equal_full_logits(name, chunks):
 def generate(model, inputs, **options):
     """Token ids [B, L] of 6 new tokens; `eos` is switched off so that lengths agree."""
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD, **options}
-    return model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
+    inputs = {k: v for k, v in given(model, inputs).items() if k != "position_ids"}
+    return model.generate(**inputs, **options)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -190,7 +216,7 @@ def test_gates_follow_the_cache_when_it_is_rearranged(name):
 
     def step(change=None, rows=(0, 1)):
         with torch.no_grad():
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = model(**given(model, inputs), use_cache=True).past_key_values
             if change:
                 getattr(cache, change[0])(change[1])
             return model(input_ids=token[list(rows)], past_key_values=cache, use_cache=True).logits
@@ -242,18 +268,14 @@ def test_positional_and_embedded_inputs(name):
     model = attached(name)
     inputs = batch(left=2)
     want = logits(model, **inputs)
+    extra = facts(model, inputs)
+    ids, mask, positions = (inputs[key] for key in ("input_ids", "attention_mask", "position_ids"))
     with torch.no_grad():
-        assert torch.equal(
-            model(inputs["input_ids"], inputs["attention_mask"], position_ids=inputs["position_ids"]).logits,
-            want,
-        )
-        assert torch.equal(
-            model.base_model(inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]).logits,
-            want,
-        )
-        embeds = model.get_input_embeddings()(inputs["input_ids"])
-        rest = {k: v for k, v in inputs.items() if k != "input_ids"}
-        assert torch.equal(model(inputs_embeds=embeds, **rest).logits, want)
+        assert torch.equal(model(ids, mask, position_ids=positions, **extra).logits, want)
+        assert torch.equal(model.base_model(ids, mask, positions, **extra).logits, want)
+        if name not in needing("ids"):
+            rest = {"attention_mask": mask, "position_ids": positions, **extra}
+            assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids), **rest).logits, want)
 
 
 def test_a_mask_that_hides_padding_is_refused_where_it_matters():
@@ -276,7 +298,7 @@ def test_nothing_kept_for_decoding_outlives_an_optimiser_step(name):
     model, inputs = attached(name), batch()
     before = logits(model, **inputs)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
-    model(**inputs).logits.square().mean().backward()
+    model(**given(model, inputs)).logits.square().mean().backward()
     optimiser.step()
     after, fresh = logits(model, **inputs), attached(name)
     fresh.load_state_dict(model.state_dict())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import answer_only, assert_near, attached, batch, trainable
+from tiny import METHODS, answer_only, assert_near, attached, batch, trainable
 
 from moabench import methods
 from moabench.benchmarks.observing import load_measures
@@ -199,7 +199,9 @@ def test_coefficient_zero_is_left_out_and_negative_refused():
         methods.load("moe_lora_topk", losses={"switch_balance": {"coef": -0.1}})
 
 
-@pytest.mark.parametrize("name", ["moe_lora_topk", "adamole", "mixlora", "mixlora_dynamic"])
+@pytest.mark.parametrize(
+    "name", [n for n, m in METHODS.items() if any("switch_balance" in x.losses for x in m.mixtures)]
+)
 def test_losses_of_a_model_do_not_count_padding(name):
     model = attached(name, **{"losses.switch_balance.coef": 0.5})
 
@@ -244,3 +246,19 @@ def test_gradient_of_losses_reaches_routers_and_what_feeds_them(name):
     recorder.losses["switch_balance"].backward()
     routers = [p.grad for n, p in trainable(model).items() if "router" in n]
     assert routers and all(g is not None and g.isfinite().all() and g.norm() > 0 for g in routers)
+
+
+@pytest.mark.parametrize(
+    ("name", "losses", "message"),
+    [
+        (
+            "molora",
+            {"switch_balance": {"coef": 0.1, "values": "shifted"}},
+            "reads tau, which router.kind=softmax does not have",
+        ),
+        ("molora_oracle", {"z_loss": {"coef": 0.1}}, "reads logits, which router.kind=oracle does not have"),
+    ],
+)
+def test_a_loss_that_the_router_cannot_feed(name, losses, message):
+    with pytest.raises(ConfigError, match=message):
+        attached(name, losses=losses)

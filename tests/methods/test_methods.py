@@ -10,17 +10,19 @@ import copy
 import warnings
 
 import pytest
+import references
 import torch
 from peft import PeftModel
 from tiny import (
     ADAPTERS,
-    GIVEN,
+    METHODS,
     MIXTURES,
     assert_near,
     attached,
     base,
     batch,
     logits,
+    of_routers,
     prompt_mask,
     train,
     trainable,
@@ -30,39 +32,8 @@ from moabench import methods
 from moabench.methods import catalog
 from moabench.methods.spec import ConfigError
 
-NAMES = [name for name in catalog.names() if name not in GIVEN]
-SIZE_KEYS = [  # (method, override, does it grow)
-    *((name, {"experts.r": 3}) for name in ADAPTERS),
-    *(
-        (name, {"experts.n": 3})
-        for name in ("molora", "moe_lora_topk", "hydralora", "adamole", "mixlora", "mixlora_dynamic")
-    ),
-    *(
-        (name, {"experts.lora.r": 3})
-        for name in ("moa_soft", "moa_sparse", "moa_instance", "unipeft", "naive_sum")
-    ),
-    *(
-        (name, {"experts.parallel_adapter.bottleneck": 5})
-        for name in ("moa_soft", "moa_sparse", "moa_instance", "unipeft", "naive_sum")
-    ),
-    *((name, {"experts.prompt.length": 3}) for name in ("moa_soft", "moa_instance", "unipeft", "naive_sum")),
-    *((name, {"router.width": 2}) for name in ("moa_soft", "moa_sparse", "moa_instance")),
-    *((name, {"router.net": "linear"}) for name in ("moa_soft", "moa_sparse", "moa_instance")),
-    *(
-        (name, {"router.bias": b})
-        for name, b in (("molora", True), ("moe_lora_topk", False), ("hydralora", True), ("adamole", False))
-    ),
-    *(
-        (name, {"experts.targets": ["q", "up"]})
-        for name in ADAPTERS
-        if "mo" in name and not name.startswith(("mixlora", "moa"))
-    ),
-    *((name, {"also.attention.experts.r": 3}) for name in ("mixlora", "mixlora_dynamic")),
-    *((name, {"also.attention.experts.targets": ["v"]}) for name in ("mixlora", "mixlora_dynamic")),
-    *((name, {"experts.lora.targets": ["q", "up"]}) for name in ("moa_soft", "moa_sparse", "unipeft")),
-    ("moa_sparse", {"router.dynamic": False}),
-    ("molora", {"experts.r": [8, 8, 8, 8, 8, 8, 8, 9]}),
-]
+NAMES = catalog.names()
+SIZE_KEYS = [(name, override) for name in NAMES for override in references.of("methods", name).GROWS]
 
 
 def count(name, **overrides):
@@ -73,9 +44,10 @@ def count(name, **overrides):
 def test_one_step_changes_outputs_and_only_trainable_tensors(name):
     model = attached(name, trained=False)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    start = logits(model, **batch())
+    inputs = {**batch(), **prompt_mask(model, batch()["input_ids"])}
+    start = logits(model, **inputs)
     train(model, steps=1)
-    assert not torch.equal(logits(model, **batch()), start)
+    assert not torch.equal(logits(model, **inputs), start)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed and changed <= set(trainable(model)), "a frozen tensor changed"
     assert all(p.isfinite().all() for p in model.parameters())
@@ -89,8 +61,12 @@ def test_none_trains_nothing_and_full_trains_everything():
 @pytest.mark.parametrize("name", NAMES)
 def test_two_evaluation_passes_are_identical(name):
     """Dropout is off in evaluation, whatever its rate; in training it acts."""
-    key = "experts.lora.dropout" if catalog.raw(name).get("site") == "block" else "experts.dropout"
-    overrides = {key: 0.4} if name in ADAPTERS else {}
+    overrides = {}
+    for mixture in METHODS[name].mixtures if name in ADAPTERS else ():
+        for bank, part in mixture.banks.items():
+            if hasattr(part, "dropout") and mixture.name == "main":
+                alone = "kind" in METHODS[name].data["experts"]
+                overrides["experts.dropout" if alone else f"experts.{bank}.dropout"] = 0.4
     model = attached(name, trained=name in ADAPTERS, **overrides)
     inputs = batch(left=2)
     assert torch.equal(logits(model, **inputs), logits(model, **inputs))
@@ -238,12 +214,7 @@ def test_bf16_base_with_fp32_adapters(name):
     extra = prompt_mask(model, inputs["input_ids"])
     got = logits(model, **inputs, **extra)[real]
     assert got.dtype == torch.bfloat16 and got.isfinite().all()
-    if name not in (
-        "moe_lora_topk",
-        "mixlora",
-        "mixlora_dynamic",
-        "moa_sparse",
-    ):  # whose selections may differ in another precision
+    if not any(of_routers(name, "JUMPS")):  # selections may differ in another precision
         assert_near("logits", got, logits(attached(name, plain), **inputs, **extra)[real], 0.1)
     train(model, steps=1)
     assert all(p.isfinite().all() for p in trainable(model).values())

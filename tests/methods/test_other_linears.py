@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import MIXTURES, attached, base, batch
+from tiny import MIXTURES, assert_near, attached, base, batch, given
 from torch import nn
 
 
@@ -24,15 +24,17 @@ class Kept(nn.Linear):
 @pytest.mark.parametrize("name", MIXTURES)
 def test_nothing_is_written_into_what_a_linear_of_another_kind_gave(name):
     """`expand_add_` writes in place, and so only into what torch's own linear made."""
-    model, want = base(), attached(name)(**batch()).logits
+    model = attached(name)
+    inputs = given(model, batch())
+    model, want = base(), model(**inputs).logits
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     for linear in linears:
         linear.__class__ = Kept
     model = attached(name, model)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            got = model(**batch()).logits
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+            got = model(**inputs).logits
+        assert_near("logits", got, want, 1e-5)
         assert all(torch.equal(linear.kept, linear.before) for linear in linears)
     got.sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())

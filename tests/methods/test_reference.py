@@ -1,8 +1,8 @@
 """Logits, auxiliary losses and every gradient of whole tiny Llamas against fp64 loops written from the method
-cards (loop_llama.py).
+cards (references/).
 
 The batch holds a left-padded and a right-padded sequence; the loops run each sequence alone. Models run in
-fp32 and in fp64.
+fp32 and in fp64, and in training where a router decides otherwise there.
 
 Run: python -m pytest tests/methods/test_reference.py
 """
@@ -12,87 +12,14 @@ from __future__ import annotations
 import copy
 
 import pytest
+import references
 import torch
-from loop_llama import LoopLlama, switch_balance, z_loss
-from tiny import assert_near, attached, base, batch, trainable
+from references.llama import LoopLlama
+from tiny import METHODS, MIXTURES, ROUTED, assert_near, attached, base, batch, facts, trainable
 
 from moabench import methods
 
-SMALL_BLOCK = {
-    "experts.r": 2,
-    "experts.alpha": 3,
-    "experts.prompt.length": 3,
-    "experts.parallel_adapter.bottleneck": 5,
-}
-NO_PROMPT = {k: v for k, v in SMALL_BLOCK.items() if "prompt" not in k}
-HOMOGENEOUS = {"experts.n": 3, "experts.r": 2, "experts.alpha": 3}
-MIXLORA = {
-    "experts.n": 3,
-    "experts.r": 2,
-    "experts.alpha": 3,
-    "experts.dropout": 0.0,
-    "losses.switch_balance.coef": 0.3,
-}
-CASES = [
-    ("molora", HOMOGENEOUS),
-    ("molora", {**HOMOGENEOUS, "experts.r": [1, 4, 2], "router.bias": True}),
-    (
-        "molora",
-        {
-            **HOMOGENEOUS,
-            "experts.rslora": True,
-            "experts.targets": ["q", "k", "v", "o", "gate", "up", "down"],
-        },
-    ),
-    (
-        "molora",
-        {**HOMOGENEOUS, "experts.targets": ["q", "v", "down"], "experts.r": [2, 4, 8], "router.kind": "none"},
-    ),
-    ("moe_lora_topk", {**HOMOGENEOUS, "router.k": 2, "losses.switch_balance.coef": 0.3}),
-    (
-        "moe_lora_topk",
-        {**HOMOGENEOUS, "router.k": 1, "router.renormalize": False, "experts.targets": ["k", "gate"]},
-    ),
-    ("moe_lora_topk", {**HOMOGENEOUS, "router.k": 3, "losses.z_loss.coef": 0.2}),
-    ("hydralora", HOMOGENEOUS),
-    ("adamole", {**HOMOGENEOUS, "losses.switch_balance.coef": 0.3}),
-    (
-        "adamole",
-        {
-            **HOMOGENEOUS,
-            "router.bias": False,
-            "losses.switch_balance": {"coef": 0.3, "values": "shifted", "reduce": "mean"},
-        },
-    ),
-    ("mixlora", {**MIXLORA, "router.k": 2}),
-    (
-        "mixlora",
-        {**MIXLORA, "router.k": 1, "router.renormalize": False, "losses.switch_balance.scope": "site"},
-    ),
-    ("mixlora_dynamic", {**MIXLORA, "router.p": 0.7}),
-    ("mixlora_dynamic", {**MIXLORA, "router.p": 0.7, "router.renormalize": False}),
-    ("moa_soft", SMALL_BLOCK),
-    (
-        "moa_soft",
-        {
-            **SMALL_BLOCK,
-            "input": "raw",
-            "router.net": "linear",
-            "experts.lora.targets": ["v", "o", "up", "gate", "down"],
-        },
-    ),
-    *(
-        ("moa_sparse", {**NO_PROMPT, "router.grad": g, "input": i, "router.gamma_max": 0.9})
-        for g in ("none", "subtract", "ste")
-        for i in ("normed", "raw")
-    ),
-    ("moa_sparse", {**NO_PROMPT, "router.dynamic": False, "router.gamma_max": 0.5, "router.net": "linear"}),
-    ("moa_instance", SMALL_BLOCK),
-    ("moa_instance", {**SMALL_BLOCK, "input": "normed", "router.pool": "last_prompt"}),
-    ("unipeft", SMALL_BLOCK),
-    ("unipeft", {**SMALL_BLOCK, "gates": {"lora": "lora", "prompt": "prompt", "parallel_adapter": "prompt"}}),
-    ("naive_sum", SMALL_BLOCK),
-]
+CASES = [(name, case) for name in MIXTURES for case in references.of("methods", name).CASES]
 PROMPTS = [3, 4]  # prompt tokens of each sequence
 
 
@@ -104,40 +31,42 @@ def ragged():
     return inputs
 
 
-def expected_losses(model, loop) -> dict[str, torch.Tensor]:
-    """Auxiliary losses from the loop's choices, with the options of the spec."""
-    spec = model.base_model.peft_config["default"].spec
-    total = {}
-    for kind, options in (spec.get("losses") or {}).items():
-        if options["coef"]:
-            form = {k: v for k, v in options.items() if k != "coef"}
-            total[kind] = options["coef"] * (
-                switch_balance(loop.routing, **form) if kind == "switch_balance" else z_loss(loop.routing)
-            )
-    return total
+def modes(name: str) -> list[bool]:
+    """Training or not, where it makes a difference."""
+    routers = [mixture.router for mixture in METHODS[name].mixtures]
+    return [False, True] if any(r.reads_skills(True) != r.reads_skills(False) for r in routers) else [False]
+
+
+def run_loop(plain, model, inputs, real) -> tuple[LoopLlama, list[torch.Tensor]]:
+    loop = LoopLlama(plain, model)
+    skills = facts(model, inputs).get("skill_ids", torch.zeros(len(real), dtype=torch.long)).tolist()
+    return loop, loop(
+        [ids[m].tolist() for ids, m in zip(inputs["input_ids"], real, strict=True)], PROMPTS, skills
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize(
-    ("name", "overrides"),
-    CASES,
-    ids=lambda c: c if isinstance(c, str) else "-".join(f"{k.rpartition('.')[2]}={v}" for k, v in c.items()),
+    ("name", "overrides", "training"),
+    [(*case, training) for case in CASES for training in modes(case[0])],
+    ids=lambda c: (
+        "-".join(f"{k.rpartition('.')[2]}={v}" for k, v in c.items()) if isinstance(c, dict) else str(c)
+    ),
 )
-def test_model_against_loops(name, overrides, dtype):
+def test_model_against_loops(name, overrides, training, dtype):
     plain = base()
-    model = attached(name, copy.deepcopy(plain).to(dtype), **overrides)
+    model = attached(name, copy.deepcopy(plain).to(dtype), **overrides).train(training)
     inputs = ragged()
     real = inputs["attention_mask"].bool()
     prompt = (inputs["attention_mask"].cumsum(-1) <= torch.tensor(PROMPTS)[:, None]) & real
-    loop = LoopLlama(plain, model)
-    want = loop([ids[m].tolist() for ids, m in zip(inputs["input_ids"], real, strict=True)], PROMPTS)
+    loop, want = run_loop(plain, model, inputs, real)
     torch.manual_seed(4)
     cotangents = [torch.randn_like(w) for w in want]
-    extra = expected_losses(model, loop)
+    extra = loop.losses()
     (sum((w * c).sum() for w, c in zip(want, cotangents, strict=True)) + sum(extra.values())).backward()
 
     with methods.record(model) as recorder:
-        out = model(**inputs, prompt_mask=prompt).logits
+        out = model(**inputs, **facts(model, inputs), prompt_mask=prompt).logits
     got = [row[m] for row, m in zip(out, real, strict=True)]
     (
         sum((g * c).sum() for g, c in zip(got, cotangents, strict=True)) + sum(recorder.losses.values())
@@ -157,24 +86,20 @@ def test_model_against_loops(name, overrides, dtype):
         )
 
 
-def test_recorded_routing_against_loops():
+@pytest.mark.parametrize("name", ROUTED)
+def test_recorded_routing_against_loops(name):
     """Weights, selection and mask of every site, in the order of the batch's tokens; padding is marked, never
     counted."""
-    plain = base()
-    model = attached("adamole", copy.deepcopy(plain), **HOMOGENEOUS)
+    plain = base(num_hidden_layers=1)
+    model = attached(name, copy.deepcopy(plain), **references.of("methods", name).CASES[0])
     inputs = ragged()
     real = inputs["attention_mask"].bool()
-    loop = LoopLlama(plain, model)
-    loop([ids[m].tolist() for ids, m in zip(inputs["input_ids"], real, strict=True)], PROMPTS)
-    routing = methods.capture_routing(model, inputs)
-    assert routing.keys() == loop.routing.keys()
-    for site, choices in loop.routing.items():
-        found = routing[site]
+    prompt = (inputs["attention_mask"].cumsum(-1) <= torch.tensor(PROMPTS)[:, None]) & real
+    loop, _ = run_loop(plain, model, inputs, real)
+    routing = methods.capture_routing(model, {**inputs, **facts(model, inputs), "prompt_mask": prompt})
+    assert routing.keys() == {site for site, choices in loop.routing.items() if choices}
+    for site, found in routing.items():
         assert torch.equal(found.mask, real.flatten())
-        assert_near(
-            f"{site}.weights",
-            found.weights[found.mask],
-            torch.stack([torch.stack(c.w) for c in choices]),
-            2e-5,
-        )
-        assert found.selected[found.mask].tolist() == [c.chosen for c in choices]
+        weights = torch.stack([torch.stack(c.w) for c in loop.routing[site]])
+        assert_near(f"{site}.weights", found.weights[found.mask], weights, 2e-5)
+        assert found.selected[found.mask].tolist() == [c.chosen for c in loop.routing[site]]

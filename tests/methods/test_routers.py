@@ -1,5 +1,5 @@
-"""Every registered router against a loop in fp64 (loop_routers.py), the invariants that all routers share,
-and those of each card.
+"""Every registered router against its loop in fp64 (references/routers), the invariants that all routers
+share, and those of each card.
 
 Run: python -m pytest tests/methods/test_routers.py
 """
@@ -7,43 +7,20 @@ Run: python -m pytest tests/methods/test_routers.py
 from __future__ import annotations
 
 import pytest
+import references
 import torch
-from loop_routers import LOOPS
-from tiny import assert_near
+from tiny import assert_near, batch
 from torch.nn import functional as F
 
 from moabench.methods import LinearRouter, Router
-from moabench.methods.router import FactRouter
+from moabench.methods.recorder import Context
 from moabench.methods.spec import ConfigError
 
-KINDS = sorted(
-    k for k, r in Router.kinds().items() if k != "none" and not issubclass(r, FactRouter)
-)  # those: test_oracle.py
+KINDS = sorted(k for k, r in Router.kinds().items() if k != "none" and not r.reads_facts)
+FACTS = sorted(k for k, r in Router.kinds().items() if r.reads_facts)
+REFERENCES = {kind: references.of("routers", kind) for kind in (*KINDS, *FACTS)}
+VARIANTS = [(kind, options) for kind in KINDS for options in REFERENCES[kind].VARIANTS]
 WIDTH = 12
-VARIANTS = [
-    ("softmax", {}),
-    ("softmax", {"bias": True}),
-    ("topk", {"k": 1}),
-    ("topk", {"k": 1, "renormalize": False}),
-    ("topk", {"k": 3, "bias": True}),
-    ("topk", {"k": 5}),
-    ("top_p", {"p": 0.6}),
-    ("top_p", {"p": 0.6, "renormalize": False}),
-    ("adaptive_threshold", {}),
-    ("adaptive_threshold", {"bias": True, "tau_max": 0.3}),
-    ("adaptive_threshold", {"weights": "plain", "tau_max": 0.4}),
-    ("adaptive_threshold", {"threshold": "constant", "weights": "plain"}),
-    ("adaptive_threshold", {"threshold": "constant", "bias": True, "tau_max": 0.5}),
-    ("sigmoid", {}),
-    ("sigmoid", {"net": "swiglu", "width": 3}),
-    *(
-        ("threshold", {"grad": g, "net": n})
-        for g in ("none", "subtract", "ste")
-        for n in ("linear", "swiglu")
-    ),
-    ("threshold", {"dynamic": False, "gamma_max": 0.6}),
-    ("threshold", {"dynamic": False, "gamma_max": 0.6, "grad": "ste", "temperature": 0.5}),
-]
 
 
 def make(kind, experts, **options):
@@ -54,9 +31,8 @@ def make(kind, experts, **options):
     except ConfigError:
         router = Router.of_kind(kind, "router")(**{**options, "k": experts})
     torch.manual_seed(0)
-    return router, {
-        n: torch.randn(p.shape, requires_grad=True) for n, p in router.params(WIDTH, experts).items()
-    }
+    declared = router.params(WIDTH, experts)
+    return router, {n: torch.randn(p.shape, requires_grad=p.trained) for n, p in declared.items()}
 
 
 def scores(router, tensors, x):
@@ -65,19 +41,21 @@ def scores(router, tensors, x):
     )
 
 
+def given(router, tensors, rows, labels=False):
+    """What `route` is given beside the scores of `rows`: buffers, and labels where it is taught by them."""
+    buffers = {n: t for n, t in tensors.items() if not t.requires_grad}
+    return buffers | ({"labels": torch.arange(rows) % 3} if labels and router.reads_skills(True) else {})
+
+
 def run(router, tensors, x, training=False):
-    return router.route(scores(router, tensors, x), training)
+    return router.route(scores(router, tensors, x), training, **given(router, tensors, len(x), training))
 
 
 def tokens(n=40):
     return torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(5))
 
 
-def test_every_kind_has_a_loop():
-    assert set(LOOPS) == set(KINDS), (
-        "a new router needs a loop reference in loop_routers.py and a row in VARIANTS"
-    )
-    assert {kind for kind, _ in VARIANTS} == set(KINDS)
+def test_none_has_no_tensor():
     assert Router.of_kind("none", "router")().params(WIDTH, 3) == {}
 
 
@@ -89,8 +67,9 @@ def test_equation_and_gradients(kind, options, training):
     router, tensors = make(kind, 5, **options)
     x = tokens()
     got = run(router, tensors, x, training)
-    exact = {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
-    choices = [LOOPS[kind](router, exact, u) for u in x.double()]
+    exact = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in tensors.items()}
+    choose = REFERENCES[kind].choose
+    choices = [choose(router, exact, u, training=training, skill=t % 3) for t, u in enumerate(x.double())]
     weights = torch.stack([torch.stack(c.w) for c in choices])
     assert_near("weights", got.weights, weights, 1e-6)
     assert_near("probs", got.probs, torch.stack([torch.stack(c.p) for c in choices]), 1e-6)
@@ -100,20 +79,52 @@ def test_equation_and_gradients(kind, options, training):
         assert_near("tau", got.extras["tau"][:, 0], torch.stack([c.tau for c in choices]), 1e-6)
     if got.ids is not None:
         assert torch.equal(torch.zeros_like(got.selected).scatter(1, got.ids, True), got.selected)
+    trained = [n for n, t in tensors.items() if t.requires_grad]
     cotangent = torch.randn(weights.shape, dtype=torch.float64)
-    want = torch.autograd.grad(
-        weights, list(exact.values()), cotangent, allow_unused=True, materialize_grads=True
-    )
     if not got.weights.requires_grad:
-        assert all(not g.count_nonzero() for g in want)
+        learns = weights.requires_grad and torch.autograd.grad(
+            weights, [exact[n] for n in trained], cotangent, allow_unused=True, materialize_grads=True
+        )
+        assert not learns or all(not g.count_nonzero() for g in learns)
         return
-    grads = torch.autograd.grad(got.weights, list(tensors.values()), cotangent.float(), allow_unused=True)
-    none = kind == "threshold" and router.grad == "none"
-    for name, g, w in zip(tensors, grads, want, strict=True):
-        if none and name.startswith("threshold"):
-            assert g is None, f"{name}: the comparison passes no gradient"
+    want = torch.autograd.grad(
+        weights, [exact[n] for n in trained], cotangent, allow_unused=True, materialize_grads=True
+    )
+    grads = torch.autograd.grad(
+        got.weights, [tensors[n] for n in trained], cotangent.float(), allow_unused=True
+    )
+    for name, g, w in zip(trained, grads, want, strict=True):
+        option, value = REFERENCES[kind].QUIET.get(name, (None, None))
+        if option and getattr(router, option) == value:
+            assert g is None, f"{name}: expected no gradient at all with {option}={value}"
         else:
             assert_near(f"{name}.grad", g, w if w.norm() > 1e-12 else torch.zeros_like(w), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(k, o) for k in FACTS for o in REFERENCES[k].VARIANTS], ids=str
+)
+def test_decisions_from_facts(kind, options):
+    """Those of every token of a ragged batch."""
+    router, inputs = Router.of_kind(kind, "router")(**options), batch(left=2, right=1)
+    ids, skills = inputs["input_ids"], torch.tensor([3, 11])
+    prompt = torch.arange(ids.shape[1]) < 5
+    context = Context(
+        mask=inputs["attention_mask"].bool(),
+        prompt=prompt.expand_as(ids),
+        shape=tuple(ids.shape),
+        input_ids=ids,
+        skill_ids=skills,
+    )
+    got = router.spread(router.decide(context, 5), context)
+    for b, row in enumerate(ids.tolist()):
+        real = inputs["attention_mask"][b].bool().tolist()
+        facts = {"prompt": [i for i, m in zip(row[:5], real, strict=False) if m], "skill": int(skills[b])}
+        for t, token in enumerate(row):
+            want = REFERENCES[kind].choose(router, {}, None, experts=5, token=token, **facts)
+            at = b * len(row) + t
+            assert got.chosen[at].tolist() == want.chosen, f"sequence {b}, token {t}"
+            assert got.weights[at].tolist() == [float(w) for w in want.w]
 
 
 @pytest.mark.parametrize("experts", [1, 2, 5, 13])
@@ -126,17 +137,14 @@ def test_common_invariants(kind, experts):
     assert torch.all((got.weights != 0) <= got.selected), "a weight outside the selection"
     for _ in range(2):  # evaluation is deterministic
         assert torch.equal(run(router, tensors, x).weights, got.weights)
-    wide = router.route(
-        scores(router, tensors, x).unflatten(0, (4, 2, 5)), False
-    )  # leading dimensions are kept
+    buffers = given(router, tensors, len(x))
+    # leading dimensions are kept
+    wide = router.route(scores(router, tensors, x).unflatten(0, (4, 2, 5)), False, **buffers)
     assert wide.weights.shape == (4, 2, 5, experts) and torch.equal(wide.selected.flatten(0, 2), got.selected)
     assert_near("leading dimensions", wide.weights.flatten(0, 2), got.weights, 1e-6)
-    alone = torch.cat([router.route(s[None], False).weights for s in scores(router, tensors, x)])
+    alone = torch.cat([router.route(s[None], False, **buffers).weights for s in scores(router, tensors, x)])
     assert_near("a token on its own", alone, got.weights, 1e-6)
-    if kind not in (
-        "sigmoid",
-        "threshold",
-    ):  # with tau_max = 1/E AdaMoLE always selects, so its weights sum to 1 too
+    if REFERENCES[kind].SUMS_TO_ONE and getattr(router, "k", 2) > 1:
         assert_near("sum of weights", got.weights.sum(-1), torch.ones(40), 1e-6)
 
 
@@ -145,16 +153,13 @@ def test_permuting_experts_permutes_weights(kind):
     router, tensors = make(kind, 7)
     s = scores(router, tensors, tokens())
     order = torch.randperm(7)
-    permuted = torch.cat(
-        [s[:, order], s[:, 7:]], 1
-    )  # what follows the experts' scores belongs to the threshold
+    # what follows the experts' scores belongs to the threshold
+    permuted = torch.cat([s[:, order], s[:, 7:]], 1)
+    buffers = given(router, tensors, len(s))
+    got = router.route(permuted, False, **{n: t[order] for n, t in buffers.items()})
+    want = router.route(s, False, **buffers)
     for name in ("weights", "selected", "probs"):
-        assert_near(
-            name,
-            getattr(router.route(permuted, False), name).float(),
-            getattr(router.route(s, False), name)[:, order].float(),
-            1e-6,
-        )
+        assert_near(name, getattr(got, name).float(), getattr(want, name)[:, order].float(), 1e-6)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -164,13 +169,14 @@ def test_large_logits_and_ties_stay_finite(kind, training):
     columns = scores(router, tensors, tokens()).shape[1]
     for s in (torch.randn(30, columns) * 1e4, torch.zeros(4, columns), torch.full((4, columns), -3e4)):
         s = s.requires_grad_()
-        got = router.route(s, training)
+        facts = given(router, tensors, len(s), training)
+        got = router.route(s, training, **facts)
         assert got.weights.isfinite().all() and got.probs.isfinite().all()
-        got.weights.square().sum().backward()
-        assert s.grad.isfinite().all(), "gradient of the scores"
-        assert torch.equal(router.route(s, training).selected, got.selected), (
-            "ties are broken the same way every time"
-        )
+        if got.weights.requires_grad:
+            got.weights.square().sum().backward()
+            assert s.grad.isfinite().all(), "gradient of the scores"
+        again = router.route(s, training, **facts)
+        assert torch.equal(again.selected, got.selected), "ties are broken the same way every time"
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -296,13 +302,11 @@ def test_one_map_for_several_sites():
     """Routers that read one input are rows of one GEMM: [T, G, H] scores give the routing of each site
     alone."""
     for kind in KINDS:
-        router, _ = make(kind, 4)
-        columns = scores(router, make(kind, 4)[1], tokens()).shape[1]
+        router, tensors = make(kind, 4)
+        columns = scores(router, tensors, tokens()).shape[1]
         s = torch.randn(9, 3, columns)
+        buffers = {n: torch.randn(3, *t.shape) for n, t in given(router, tensors, 9).items()}
+        together = router.route(s, False, **buffers).weights
         for g in range(3):
-            assert_near(
-                f"{kind} at site {g}",
-                router.route(s, False).weights[:, g],
-                router.route(s[:, g], False).weights,
-                1e-6,
-            )
+            alone = router.route(s[:, g], False, **{n: t[g] for n, t in buffers.items()}).weights
+            assert_near(f"{kind} at site {g}", together[:, g], alone, 1e-6)

@@ -6,48 +6,24 @@ Run: python -m pytest tests/methods/test_start.py
 from __future__ import annotations
 
 import pytest
+import references
 import torch
-from tiny import GIVEN, assert_near, attached, base, batch, logits
+from tiny import assert_near, attached, base, batch, logits
 
 from moabench.methods import catalog
 
-NAMES = [name for name in catalog.names() if name not in GIVEN]
-ZERO_AT_START = {
-    "lora",
-    "rslora",
-    "molora",
-    "moe_lora_topk",
-    "hydralora",
-    "adamole",
-    "none",
-    "full",
-}  # increments exactly 0: bitwise base
-START = {  # the others start close to the base: relative RMS of the difference
-    "dora": 1e-6,  # m / |W| is 1 up to rounding
-    "mixlora": 1e-5,  # the same sums in another order
-    "mixlora_dynamic": 1e-5,
-    **dict.fromkeys(
-        ("moa_soft", "moa_sparse", "moa_instance", "unipeft", "naive_sum"), 1e-5
-    ),  # adapter weights of gain 1e-4
-}
 
-
-def test_every_method_has_its_bound_at_the_start():
-    assert ZERO_AT_START | START.keys() == set(NAMES), (
-        "a new method states here how far from the base it starts"
-    )
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", catalog.names())
 def test_step_zero_equals_the_base(name):
     inputs = batch(left=2)
     real = inputs["attention_mask"].bool()
     want = logits(base(), **inputs)[real]
     got = logits(attached(name, trained=False), **inputs)[real]
-    if name in ZERO_AT_START:
+    bound = references.of("methods", name).START
+    if bound is None:
         assert torch.equal(got, want)
     else:
-        assert_near("logits", got, want, START[name])
+        assert_near("logits", got, want, bound)
 
 
 def test_top_p_with_raw_weights_shrinks_the_frozen_block():

@@ -3,6 +3,7 @@ an equation."""
 
 from __future__ import annotations
 
+import references
 import torch
 import transformers as tf
 
@@ -33,16 +34,23 @@ ARCHITECTURES = {
     "olmo2": (tf.Olmo2ForCausalLM, tf.Olmo2Config, {}),
 }
 METHODS = {name: catalog.parse(catalog.raw(name)) for name in catalog.names()}
-GIVEN = [
-    n
-    for n, m in METHODS.items()
-    if any(mixture.router.reads_facts or mixture.router.reads_skills(True) for mixture in m.mixtures)
-]
-"""Methods routed or taught by facts of the batch: test_oracle.py, test_label_classifier.py."""
-MIXTURES = [name for name, method in METHODS.items() if method.tuner == "mixture" and name not in GIVEN]
-ADAPTERS = [
-    name for name, method in METHODS.items() if method.tuner in ("mixture", "peft") and name not in GIVEN
-]
+MIXTURES = [name for name, method in METHODS.items() if method.tuner == "mixture"]
+ADAPTERS = [name for name, method in METHODS.items() if method.tuner in ("mixture", "peft")]
+
+
+def of_routers(name: str, fact: str) -> list:
+    """What the references of a method's routers say of `fact`, e.g. `JUMPS`."""
+    found = [m.router.kind for m in METHODS[name].mixtures if m.routed]
+    return [getattr(references.of("routers", kind), fact) for kind in found]
+
+
+def needing(fact: str) -> list[str]:
+    """Methods that cannot decide without `skill` or `ids`."""
+    return [name for name in METHODS if any(fact in given for given in of_routers(name, "FACTS"))]
+
+
+ROUTED = [name for name in MIXTURES if any(m.routed for m in METHODS[name].mixtures)]
+SPARSE = [name for name in ROUTED if not all(of_routers(name, "SOFT"))]
 
 
 def base(architecture: str = "llama", seed: int = 0, **sizes):
@@ -102,16 +110,34 @@ def prompt_mask(model, like, prompt: int = 5) -> dict[str, torch.Tensor]:
     return {"prompt_mask": (torch.arange(like.shape[1]) < prompt).expand_as(like)}
 
 
+def facts(model, inputs: dict) -> dict[str, torch.Tensor]:
+    """The keyword that says each sequence's skill, where the model's routers read it: by its first real
+    token, so that a sequence keeps its skill in any batch and under any padding."""
+    sites = model.base_model.sites() if getattr(model, "accepts_skill_ids", False) else []
+    experts = [len(s.experts) for s in sites if s.router is not None and s.router.reads_skills(True)]
+    if not experts or "skill_ids" in inputs:
+        return {}
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    first = ids.gather(1, mask.long().argmax(1, keepdim=True))[:, 0]
+    return {"skill_ids": first % min(experts)}
+
+
+def given(model, inputs: dict) -> dict[str, torch.Tensor]:
+    """`inputs` with the facts that the model's routers read."""
+    return {**inputs, **facts(model, inputs)}
+
+
 def logits(model, **inputs):
     """Logits without gradients."""
     with torch.no_grad():
-        return model(**inputs).logits
+        return model(**given(model, inputs)).logits
 
 
 def losses(model, inputs: dict, labels) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Task loss and auxiliary losses of one pass."""
     with methods.record(model) as recorder:
-        task = model(**inputs, labels=labels).loss
+        task = model(**given(model, inputs), labels=labels).loss
     return task, recorder.losses
 
 
