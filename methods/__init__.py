@@ -22,7 +22,7 @@ import wrapt
 if TYPE_CHECKING:  # what editors and type checkers follow
     from .bank import AttentionExperts, Experts, FeedForwardExperts, LinearExperts
     from .effects import Watched, watch
-    from .losses import Loss
+    from .loss import Loss
     from .params import Param
     from .recorder import Recorder, capture_routing, record
     from .router import LinearRouter, Router
@@ -50,7 +50,7 @@ _HOME = {
     "LinearExperts": "bank",
     "FeedForwardExperts": "bank",
     "AttentionExperts": "bank",
-    "Loss": "losses",
+    "Loss": "loss",
     "Param": "params",
 }
 __all__ = [

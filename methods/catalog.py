@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from .bank import Experts
-from .losses import Loss
+from .loss import Loss
 from .router import Router
 from .rule import Rule
 from .spec import LATER, ConfigError, Name, build, drop_stale, nearest

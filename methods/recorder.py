@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .losses import Loss, auxiliary
+from .loss import Loss, auxiliary
 from .routing import Routing
 
 

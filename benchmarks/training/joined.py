@@ -1,5 +1,5 @@
 """Auxiliary losses of a batch that is cut into several passes (accumulation, processes): what the passes must
-know of each other (`moabench.methods.losses`)."""
+know of each other (`moabench.methods.loss`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from moabench.methods.losses import Sums
+from moabench.methods.loss import Sums
 
 from . import step
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moabench.benchmarks.data import batches
 from moabench.methods import record
-from moabench.methods.losses import Sums, auxiliary, global_sums
+from moabench.methods.loss import Sums, auxiliary, global_sums
 
 
 @dataclass(frozen=True)

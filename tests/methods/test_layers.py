@@ -13,7 +13,7 @@ from tiny import base, batch
 
 from moabench import methods
 from moabench.methods import catalog
-from moabench.methods.losses import SwitchBalance
+from moabench.methods.losses.switch_balance import SwitchBalance
 from moabench.methods.routing import Routing
 from moabench.methods.spec import ConfigError
 

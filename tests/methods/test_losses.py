@@ -13,7 +13,7 @@ from tiny import METHODS, answer_only, assert_near, attached, batch, trainable
 from moabench import methods
 from moabench.benchmarks.observing import load_measures
 from moabench.benchmarks.observing.load import LoadCounts
-from moabench.methods.losses import Loss
+from moabench.methods.loss import Loss
 from moabench.methods.routing import Routing
 from moabench.methods.spec import ConfigError
 

@@ -23,7 +23,7 @@ from tiny import given as given_facts
 from moabench import methods
 from moabench.methods import catalog
 from moabench.methods.bank import Experts
-from moabench.methods.losses import Loss
+from moabench.methods.loss import Loss
 from moabench.methods.router import Router
 from moabench.methods.spec import Bound, ConfigError
 

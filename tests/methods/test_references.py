@@ -11,7 +11,7 @@ from references.rules import MOMENTS
 
 from moabench.methods import catalog
 from moabench.methods.bank import Experts
-from moabench.methods.losses import Loss
+from moabench.methods.loss import Loss
 from moabench.methods.router import Router
 from moabench.methods.rule import Rule
 

@@ -16,7 +16,7 @@ from tiny import MIXTURES, attached, base
 from moabench import methods
 from moabench.methods import catalog
 from moabench.methods.bank import Experts
-from moabench.methods.losses import Loss
+from moabench.methods.loss import Loss
 from moabench.methods.router import Router
 from moabench.methods.spec import ConfigError, drop_stale, nearest
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .lazy import Lazy
 from .routing import Routing
@@ -37,6 +37,8 @@ class Loss(Part):
     computes it. A loss of another form can be `micro` alone: its class says so by the type of this field, and
     why in its docstring.
     """
+
+    folder: ClassVar[str] = "moabench.methods.losses"
 
     coef: NonNegative = 0.0
     scope: Literal["site", "model"] = "site"
@@ -125,104 +127,3 @@ def token_count(routing: Routing) -> Tensor:
         else routing.mask.sum().to(weights.dtype)
     )
     return real.expand(weights.shape[1], 1)
-
-
-@dataclass(frozen=True)
-class SwitchBalance(Loss):
-    """`L = E sum_i f_i P_i`, f_i = assignments to i a token, P_i = mean p_i (arXiv 2101.03961, eq. 4-6).
-
-    With k experts a token, uniform routing gives L = k, which is not the least: with E = 2, k = 1 three
-    tokens of four at p = (1/2, 1/2) that choose the first and one at (0, 1) give 0.875. scope=model takes f
-    and P as means over the sites: layers that have each collapsed onto another expert give k too. So a low
-    value says nothing of collapse; load measures by site do. values=shifted puts AdaMoLE's `p - tau` in place
-    of p, as its code does. Gradient flows through P alone.
-
-    batch=global: f and P from counts and sums over all tokens of the step. A pass with the sums s of p, of a
-    batch of M passes, gives `E sum_i (C_i / N) (s_i M / N)`, whose mean over passes is L.
-    """
-
-    kind = "switch_balance"
-    values: Literal["probs", "shifted"] = "probs"
-
-    @property
-    def reads(self):
-        return "probs" if self.values == "probs" else "tau"
-
-    def sums(self, routing):
-        counts = token_sum(routing.selected.to(routing.weights.dtype), routing.mask)
-        return torch.cat([counts, token_count(routing)], -1)  # [G, E + 1]
-
-    def per_site(self, routings, whole=None):
-        shares, means = [], []
-        for i, routing in enumerate(routings):
-            scores = routing.probs if self.values == "probs" else routing.probs - routing.extras["tau"]
-            if whole is None:
-                shares.append(token_mean(routing.selected.to(scores.dtype), routing.mask))
-                means.append(token_mean(scores, routing.mask))
-            else:
-                counts, tokens = whole[i][:, :-1], whole[i][:, -1:]
-                shares.append(counts / tokens)
-                means.append(token_sum(scores, routing.mask) / tokens)
-        if len({share.shape[-1] for share in shares}) == 1:  # layers may differ in E
-            shares, means = [torch.cat(shares)], [torch.cat(means)]  # [S, E]
-        if self.scope == "model":
-            shares, means = [shares[0].mean(0, keepdim=True)], [means[0].mean(0, keepdim=True)]
-        return torch.cat([f.shape[-1] * (f * p).sum(-1) for f, p in zip(shares, means, strict=True)])
-
-
-@dataclass(frozen=True)
-class ZLoss(Loss):
-    """`L = mean_t logsumexp(z_t)^2` (ST-MoE, arXiv 2202.08906, eq. 5). batch=global: over all tokens of the
-    step; micro: the mean over passes of their means, in which a token of a short pass counts for more."""
-
-    kind = "z_loss"
-
-    @property
-    def reads(self):
-        return "logits"
-
-    def sums(self, routing):
-        return token_count(routing)
-
-    def per_site(self, routings, whole=None):
-        squares = [r.logits.logsumexp(-1, keepdim=True).square() for r in routings]
-        if whole is None:
-            found = [token_mean(s, r.mask)[:, 0] for s, r in zip(squares, routings, strict=True)]
-        else:
-            found = [
-                (token_sum(s, r.mask) / tokens)[:, 0]
-                for s, r, tokens in zip(squares, routings, whole, strict=True)
-            ]
-        values = torch.cat(found)
-        return values.mean(0, keepdim=True) if self.scope == "model" else values
-
-
-@dataclass(frozen=True)
-class LabelCrossEntropy(Loss):
-    """`L = mean_b -log softmax(z_b)[label_b]` over sequences b (arXiv 2403.03432 teaches its routers by
-    domain labels; coefficient and mean are ours). There is none where the router was given no labels, as in
-    evaluation.
-
-    batch=micro alone: a mean over sequences, of which every pass of a step has as many, is the mean over
-    passes.
-    """
-
-    kind = "label_cross_entropy"
-    reduce: Literal["sum", "mean"] = "mean"
-    batch: Literal["micro"] = "micro"
-
-    @property
-    def reads(self):
-        return "labels"
-
-    def given(self, routing):
-        return "labels" in routing.extras
-
-    def per_site(self, routings, whole=None):
-        values = []
-        for routing in routings:
-            every = slice(None, None, routing.length)  # a decision a sequence
-            logp = routing.logits[every].log_softmax(-1)  # [B, G, E]
-            values.append(-logp.gather(-1, routing.extras["labels"][every])[..., 0].mean(0))
-        values = torch.cat(values)
-        return values.mean(0, keepdim=True) if self.scope == "model" else values
