@@ -1,4 +1,4 @@
-"""Loss-free balancing (routers.md, section 14): what moves the bias, what does not, and what it does.
+"""Loss-free balancing (moe_lora_bias.md): what moves the bias, what does not, and what it does.
 
 Run: python -m pytest tests/methods/test_sigmoid_bias.py
 """

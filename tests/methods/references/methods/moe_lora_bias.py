@@ -1,4 +1,4 @@
-"""Top-k mixture of LoRA under a bias that follows the loads (routers.md, section 14)."""
+"""Top-k mixture of LoRA under a bias that follows the loads (moe_lora_bias.md)."""
 
 from references.methods import THREE
 

@@ -1,5 +1,5 @@
 """s = sigmoid(W u); S = the k largest of s + b; w_i = route_scale s_i / sum_S s, and route_scale s_i where k
-= 1 (routers.md, section 14)."""
+= 1 (moe_lora_bias.md)."""
 
 from references.loops import Choice, descending, dots, kept, sigmoid
 
