@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .lazy import Lazy
 
@@ -40,11 +40,7 @@ class Param:
             init.uniform_(data, -self.scale, self.scale)
         else:
             init.constant_(data, self.scale if self.init == "full" else 0.0)
-        if not self.trained:
-            return data
-        made: Any = torch.nn.Parameter(data)
-        made.no_weight_decay = not self.decay or len(self.shape) < 2
-        return made
+        return torch.nn.Parameter(data) if self.trained else data
 
 
 def linear_default(out: int, fan_in: int) -> Param:

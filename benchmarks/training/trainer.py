@@ -87,11 +87,11 @@ class MixtureTrainer(Trainer):
         super().log(logs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All but vectors (biases, norms, DoRA's magnitudes) and what is declared to have none: parameters
-        with a true attribute `no_weight_decay` (`methods.Param`)."""
-        exempt = {
-            name for name, p in model.named_parameters() if p.ndim < 2 or getattr(p, "no_weight_decay", False)
-        }
+        """All but vectors (biases, norms, DoRA's magnitudes) and what is declared to have none: a module's
+        `no_weight_decay` names its own (`methods.Param`)."""
+        exempt = {name for name, p in model.named_parameters() if p.ndim < 2}
+        for prefix, module in model.named_modules():
+            exempt |= {f"{prefix}.{name}" for name in getattr(module, "no_weight_decay", ())}
         return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
 
     def floating_point_ops(self, inputs) -> int:

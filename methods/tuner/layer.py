@@ -10,6 +10,7 @@ Shapes: B sequences, L positions, T = B L tokens, d width, G decisions a token a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from ..params import Param
 from ..recorder import Context
 from ..router import decide
 from ..routing import Routing
+from ..spec import ConfigError
 from .architecture import DecoderLayer, base_of
 from .deciding import sequence_decision, shared_decision
 from .plan import Plan
@@ -51,6 +53,9 @@ class Tensors(nn.Module):
 
     def __init__(self, declared: dict[str, Param], device: torch.device) -> None:
         super().__init__()
+        self.no_weight_decay = {n for n, param in declared.items() if not param.decay}
+        """Names of tensors that weight decay leaves alone. (Not an attribute of the parameters: who loads a
+        model without memory makes new ones from the attributes of the old.)"""
         made = {name: param.make(device) for name, param in declared.items()}
         for name, tensor in sorted(made.items()):
             trained = declared[name].trained
@@ -80,7 +85,11 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
+        self.pending: Context | None = None
+        """Of the pass of the whole model that is going on."""
+        self._given: Context | None = None
         self._hooks = [
+            layer.module.register_forward_pre_hook(self._see_context, with_kwargs=True),
             layer.attention.register_forward_pre_hook(self._begin, with_kwargs=True),
             layer.module.register_forward_hook(self._end, always_call=True),
         ]
@@ -150,9 +159,18 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
 
     def _see_raw(self, module, args):
         self._raw = args[0]
+        if (carried := getattr(args[0], "_mixture_context", None)) is not None:
+            self._given = carried()
+
+    def _see_context(self, module, args, kwargs):
+        self._given = kwargs.get("mixture_context") or self.pending
+        if self._given is not None:
+            # A recomputed layer is called without its hooks, with the same tensors: they know the pass.
+            # Weakly, since the context holds what was computed from them.
+            (args[0] if args else kwargs["hidden_states"])._mixture_context = weakref.ref(self._given)
 
     def _begin(self, module, args, kwargs):
-        context = kwargs.pop("mixture_context", None) or Context()
+        context = self._context(kwargs.pop("mixture_context", None))
         plan, raw, self._raw = self.plan, self._raw, None
         self.live = None if plan is None else Live(context, plan)
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -162,6 +180,21 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
                 routing = self.route(mixture, "block", reads.unsqueeze(-2))
                 self.live.routings[mixture.name] = routing.at_site(0)
         return args, kwargs
+
+    def _context(self, handed: Context | None) -> Context:
+        """The pass's context, by the first that carries it: the attention's keyword arguments, the layer's
+        (some architectures hand none to their attention), the pass that is going on. Raises ConfigError where
+        a checkpointed layer is recomputed after its pass, and none does."""
+        found, self._given = handed or self._given or self.pending, None
+        if found is None and self.training and getattr(self.layer.module, "gradient_checkpointing", False):
+            raise ConfigError(
+                f"{type(self.layer.module).__name__}: gradient checkpointing recomputes this layer without "
+                "the "
+                "keyword arguments of its pass, so that routers would miss padding, prompts and the "
+                "recorder; expected "
+                "train.gradient_checkpointing=false for this architecture."
+            )
+        return found or Context()
 
     def _end(self, module, args, output):
         self.live = None

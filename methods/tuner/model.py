@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
@@ -47,6 +47,7 @@ class MixtureModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self.model.register_forward_pre_hook(self._open_context, with_kwargs=True)
         self.model.register_forward_hook(self._keep_gates, with_kwargs=True)
+        self.model.register_forward_hook(self._close_context, always_call=True)
 
     # Attaching
 
@@ -75,6 +76,7 @@ class MixtureModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: MixtureConfig, model: nn.Module) -> None:
+        refuse_adapted(model)
         self._layers = decoder_layers(model)
         keep_layout(model)
         shape = {
@@ -114,6 +116,15 @@ class MixtureModel(BaseTuner):
     def mixture_layers(self) -> list[MixtureLayer]:
         """The MixtureLayer of each decoder layer, in order."""
         return [m for m in self.model.modules() if isinstance(m, MixtureLayer)]
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Make one adapter the active one. Raises ConfigError for several: a mixture's output is that of one
+        adapter, and they cannot be added up."""
+        if not isinstance(adapter_name, str) and len(adapter_name) != 1:
+            raise ConfigError(
+                f"set_adapter({list(adapter_name)}): expected one adapter; mixtures are not combined."
+            )
+        super().set_adapter(adapter_name, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter and its tensors."""
@@ -204,7 +215,13 @@ class MixtureModel(BaseTuner):
             gates=dict(getattr(cache, "mixture_gates", {})),
             continues=cache is not None and cache.get_seq_length() > 0,
         )
+        for layer in self._active_layers():
+            layer.pending = context
         return args, {**kwargs, "mixture_context": context}
+
+    def _close_context(self, module: nn.Module, args: tuple, output: Any) -> None:
+        for layer in self._active_layers():
+            layer.pending = None
 
     def _routers(self) -> list[Router]:
         """Of the active adapter."""
@@ -270,6 +287,20 @@ def refuse_packed(positions: Tensor | None) -> None:
             "position_ids: they restart within a row, which packs several sequences into it; expected one "
             "sequence a row (padded, with an attention_mask) where a router decides once a sequence."
         )
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise ConfigError for a model that carries another tuner's layers: a mixture runs the frozen modules
+    under them, and they would be lost."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, MixtureLayer):
+            raise ConfigError(
+                f"{name} is a {type(module).__module__}.{type(module).__name__}: this model has an adapter "
+                "of PEFT "
+                "already, which a mixture would not run. Expected a model without one: merge_and_unload() "
+                "or unload() "
+                "it first."
+            )
 
 
 def checked_skills(ids: Tensor, count: int, labels: int | None = None) -> Tensor:

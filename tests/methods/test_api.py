@@ -11,18 +11,24 @@ import threading
 import peft
 import pytest
 import torch
+import transformers as tf
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tiny import (
     METHODS,
     MIXTURES,
     ROUTED,
+    SIZES,
     answer_only,
+    assert_near,
     attached,
     base,
     batch,
     given,
     logits,
+    losses,
     needing,
     of_routers,
+    prompt_mask,
     trainable,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -247,3 +253,86 @@ def test_two_threads_record_their_own_models():
     for thread in threads:
         thread.join()
     assert results == {0: 18, 1: 36}
+
+
+def stable_lm():
+    """An architecture whose layers hand no further keyword arguments to their attention."""
+    torch.manual_seed(0)
+    return tf.StableLmForCausalLM(tf.StableLmConfig(**SIZES)).eval()
+
+
+def test_layers_that_drop_keyword_arguments_know_their_pass():
+    model, inputs = (
+        attached("moe_lora_topk", stable_lm(), **{"losses.switch_balance.coef": 0.3}),
+        batch(left=2),
+    )
+    labels = answer_only(inputs["input_ids"])
+    assert len(methods.capture_routing(model, inputs)) == len(model.base_model.sites())
+    _, extra = losses(model, inputs, labels)
+    assert extra["switch_balance"] > 0
+    model.train()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        task, extra = losses(model, inputs, labels)
+        (task + sum(extra.values())).backward()
+        found.append({n: p.grad.clone() for n, p in trainable(model).items()})
+    for name, gradient in found[0].items():
+        assert_near(name, found[1][name], gradient, 1e-6)
+
+
+def test_gates_of_such_layers_are_kept_with_the_cache():
+    model, inputs, split = attached("moa_instance", stable_lm()), batch(), 5
+    whole = logits(model, **inputs, **prompt_mask(model, inputs["input_ids"]))
+    first = {k: v[:, :split] for k, v in inputs.items()}
+    with torch.no_grad():
+        cache = model(**first, use_cache=True).past_key_values
+        rest = {
+            "input_ids": inputs["input_ids"][:, split:],
+            "position_ids": inputs["position_ids"][:, split:],
+        }
+        found = model(**rest, attention_mask=inputs["attention_mask"], past_key_values=cache).logits
+    assert_near("decoded", found, whole[:, split:], 2e-5)
+
+
+def test_a_model_with_an_adapter_of_peft_is_refused():
+    """The mixture would run the frozen modules under it."""
+    for config in (
+        LoraConfig(target_modules=["q_proj"]),
+        LoraConfig(target_modules=["down_proj"], use_dora=True),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ):
+        adapted = get_peft_model(base(), config).base_model.model
+        with pytest.raises(ConfigError, match="has an adapter of PEFT already"):
+            get_peft_model(adapted, methods.load("molora"))
+
+
+def test_two_active_adapters_are_refused():
+    model = attached("molora")
+    model.add_adapter("second", methods.load("molora"))
+    with pytest.raises(ConfigError, match="expected one adapter; mixtures are not combined"):
+        model.base_model.set_adapter(["default", "second"])
+    model.set_adapter("second")
+    assert model.active_adapters == ["second"]
+
+
+def test_loading_without_memory_for_the_base_gives_the_same(tmp_path):
+    model, inputs = attached("moa_sparse"), batch(left=2)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=True).eval()
+    assert_near("logits", logits(loaded, **inputs), logits(model, **inputs), 3e-6)
+
+
+@pytest.mark.parametrize("name", ["molora", "mixlora", "moa_soft"])
+def test_training_after_a_pass_in_inference_mode(name):
+    model, inputs = attached(name), batch(left=2)
+    with torch.inference_mode():
+        model(**inputs)
+        model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=2
+        )
+    task, extra = losses(model.train(), inputs, answer_only(inputs["input_ids"]))
+    (task + sum(extra.values())).backward()
+    assert all(p.grad is not None for n, p in trainable(model).items() if "B" in n)
