@@ -117,6 +117,13 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         self.plans.pop(adapter, None)
         self._names.clear()
 
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """PEFT asks for this after loading; its own looks for one base layer, and there is a whole decoder
+        layer."""
+        self.tensors[adapter_name].to(device or next(self.layer.module.parameters()).device)
+
     def detach(self) -> None:
         """Take wrappers and hooks off the layer: what is left is the base's own."""
         for place in self.layer.places.values():

@@ -5,7 +5,7 @@ pytest tests/methods/test_packed.py
 
 import pytest
 import torch
-from tiny import ADAPTERS, GIVEN, METHODS, VOCAB, attached
+from tiny import ADAPTERS, METHODS, VOCAB, attached
 
 from moabench.methods.spec import ConfigError
 from moabench.methods.tuner.model import refuse_packed
@@ -14,7 +14,7 @@ LENGTHS = (5, 1, 7)
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, *GIVEN])
+@pytest.mark.parametrize("name", ADAPTERS)
 @torch.no_grad()
 def test_a_packed_row_is_its_sequences_or_refused(name):
     model = attached(name)

@@ -3,8 +3,8 @@
     value(routing, **options) -> the loss before its coefficient; None where it says nothing
 
 routing: by site, the Choice of every real token; the tokens of a sequence that is decided as one share
-theirs. options: those of the product's loss but `coef` and `batch` (all tokens of a batch are
-one pass here). `over_sites` groups and reduces by scope and reduce.
+theirs. options: those of the product's loss but `coef` and `batch` (all tokens of a batch are one pass
+here). `over_sites` groups and reduces by scope and reduce.
 """
 
 REQUIRED = ("value",)

@@ -1,4 +1,4 @@
-"""mean_t (log sum_i exp z_ti)^2 (moe_lora_bias.md, section 13)."""
+"""mean_t (log sum_i exp z_ti)^2 (arXiv 2202.08906, eq. 5)."""
 
 import torch
 

@@ -1,5 +1,4 @@
-"""b_i <- b_i + u sign(mean load - load_i), load_i the tokens of the step that chose i (moe_lora_bias.md,
-section 14)."""
+"""b_i <- b_i + u sign(mean load - load_i), load_i the tokens of the step that chose i (moe_lora_bias.md)."""
 
 import torch
 
