@@ -7,8 +7,11 @@ queries. Masks are made as for <name>.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -36,10 +39,22 @@ def stock_attention(model: nn.Module) -> None:
         model.config._attn_implementation = name[len(PREFIX) :]
 
 
+@contextmanager
+def seeing(module: nn.Module, look: Callable[[Tensor, Tensor], Any]) -> Iterator[None]:
+    """Inside, `look(key, value)` is shown what the attention `module` attends to, [B, H, L, hd]."""
+    module._seen_by = look
+    try:
+        yield
+    finally:
+        del module._seen_by
+
+
 def _with_mixture(stock: str):
     functions = AttentionInterface()
 
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
+        if (look := getattr(module, "_seen_by", None)) is not None:
+            look(key, value)
         if stock == "eager":  # each model file has its own
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:

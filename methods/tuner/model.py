@@ -14,7 +14,7 @@ from .. import stored
 from ..recorder import Context
 from ..router import Router
 from ..spec import ConfigError
-from . import attention
+from . import attention, proof
 from .architecture import DecoderLayer, decoder_layers, keep_layout
 from .config import PEFT_TYPE, MixtureConfig
 from .layer import MixtureLayer
@@ -96,9 +96,22 @@ class MixtureModel(BaseTuner):
                 f"layers: layer {min(outside)} is named, but this model's are 0 to {len(self._layers) - 1}."
             )
         # refuse before anything is attached
-        plans = [Plan(method.in_layer(i), layer) for i, layer in enumerate(self._described(model).values())]
-        if any(plan.attention for plan in plans):
+        described = list(self._described(model).values())
+        plans = [Plan(method.in_layer(i), layer) for i, layer in enumerate(described)]
+        adds = any(plan.attention for plan in plans)
+        if adds:
             attention.route_attention(model)
+        try:
+            for plan, layer in zip(plans, described, strict=True):
+                for seam in plan.seams if proof.possible(layer) else ():
+                    seam.prove(model, layer)
+        except ConfigError:
+            if adds and not self._has_mixtures(model):
+                attention.stock_attention(model)
+            raise
+
+    def _has_mixtures(self, model: nn.Module) -> bool:
+        return any(isinstance(m, MixtureLayer) for m in model.modules())
 
     def _described(self, model: nn.Module) -> dict[str, DecoderLayer]:
         return {name: DecoderLayer(name, m, model.config) for name, m in self._layers.items()}
@@ -205,6 +218,14 @@ class MixtureModel(BaseTuner):
             prompt = (torch.arange(length, device=tokens.device) < self.prompt_length).expand(
                 tokens.shape[:2]
             )
+        if self._active_layers()[0].plan.attention:
+            attention.route_attention(
+                self.model
+            )  # a no-op, unless somebody has set another implementation since
+            if given.get("position_ids") is None and mask is not None and len(args) < 3:
+                # Prompts have no positions, so that for them a shift by left padding is no mere shift.
+                whole = given["attention_mask"].long().cumsum(-1) - 1
+                kwargs = {**kwargs, "position_ids": whole.clamp(min=0)[:, -length:]}
         context = Context(
             mask=mask,
             prompt=None if prompt is None else prompt.bool(),

@@ -77,7 +77,7 @@ def two(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("method", ["moe_lora_topk", "moa_sparse"])
+@pytest.mark.parametrize("method", ["moe_lora_topk", "moa_sparse", "moe_lora_bias"])
 def test_two_processes_train_what_one_does_with_their_batches(method, two, tmp_path):
     """Losses, expert load and weights; moa_sparse has a threshold head without a gradient, which DDP has to
     bear."""

@@ -25,7 +25,16 @@ from moabench.benchmarks.training.trainer import MixtureTrainer
 from moabench.methods import Router, catalog, record
 from moabench.methods.spec import ConfigError
 
-METHODS = ["full", "lora", "moe_lora_topk", "moa_sparse", "mixlora", "moa_instance"]
+METHODS = [
+    "full",
+    "lora",
+    "moe_lora_topk",
+    "moa_sparse",
+    "mixlora",
+    "moa_instance",
+    "moe_lora_bias",
+    "riemannian_moe_lora",
+]
 
 
 def rows(cfg):
@@ -83,6 +92,10 @@ def test_a_resumed_run_ends_bitwise_equal(name, attached, tokenizer, config, tmp
     resumed_model = attached(name)
     resumed = train(resumed_model, tokenizer, rows(cfg), cfg, tmp_path / "cut", resume=True, progress=False)
     assert_equal(trainable(resumed_model), trainable(whole_model))
+    for (name_, again), (_, buffer) in zip(
+        resumed_model.named_buffers(), whole_model.named_buffers(), strict=True
+    ):
+        assert torch.equal(again, buffer), name_
     clocks = ("seconds", "tokens_per_second")
     timeless = [
         [{k: v for k, v in row.items() if k not in clocks} for row in r.history] for r in (resumed, whole)
@@ -538,3 +551,23 @@ def test_training_load_covers_every_site_and_token(attached, tokenizer, config, 
     assert {r["tokens"] for r in result.routing} == {result.metrics["train/tokens"]}
     assert result.metrics["load/train_mean_active"] == pytest.approx(2)
     assert result.history[0]["load/mean_active"] == pytest.approx(2)
+
+
+def test_a_rule_acts_once_a_step_however_the_batch_is_cut(attached, tokenizer, config, tmp_path):
+    """moe_lora_bias with every router's bias moved by 1e-3 a step: after 3 steps no bias can have moved
+    further, and recomputed layers and accumulated passes are counted once, so that all ways end with the same
+    one."""
+    found = []
+    for more in ({}, {"batch_size": 2, "accumulation": 2}, {"gradient_checkpointing": True}):
+        cfg = config("moe_lora_bias", **({"batch_size": 4, "steps": 3} | more))
+        model = attached("moe_lora_bias")
+        train(model, tokenizer, rows(cfg)[:24], cfg, tmp_path / str(len(found)), resume=False, progress=False)
+        found.append({n: b.clone() for n, b in model.named_buffers() if "load_bias" in n})
+    assert found[0] and any(b.any() for b in found[0].values())
+    for biases in found:
+        for bias in biases.values():
+            steps = bias / 1e-3
+            assert torch.allclose(steps, steps.round(), atol=1e-3) and steps.abs().max() <= 3.001
+    assert_equal(found[2], found[0])
+    alike = sum(int(torch.equal(found[1][n], b)) for n, b in found[0].items())
+    assert alike >= 0.8 * len(found[0]), "sums in another order may turn a choice, not more"

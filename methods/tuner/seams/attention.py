@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import proof
 from ..architecture import DecoderLayer, base_of, keys_values
 from ..deciding import columns
 from . import base
@@ -25,6 +26,9 @@ class Seam(base.Seam):
         heads = layer.places["q"].shape[1] // layer.head_dim
         for mixture, name, bank in self.entries:
             yield mixture, name, "attention", bank.params(layer.width, heads)
+
+    def prove(self, model: nn.Module, layer: DecoderLayer) -> None:
+        proof.keys(model, layer)
 
     def attention(self, owner, query: Tensor, scaling: float) -> Tensor:
         """What the banks add to the attention's output [B, L, H, hd]; query [B, H, L, hd]."""

@@ -49,6 +49,10 @@ class Seam:
         """(mixture, `router` or bank, place, tensors), routers of a whole block excepted."""
         raise NotImplementedError
 
+    def prove(self, model: nn.Module, layer: DecoderLayer) -> None:
+        """Raise ConfigError where the frozen parts that the banks share are not what they are taken for
+        (../proof.py)."""
+
     def linear(self, owner: Any, attribute: str, x: Tensor, inner: Callable) -> Tensor:
         """Output [..., b] of a linear for its input x [..., a]; `inner(x)` runs it without this seam."""
         raise NotImplementedError

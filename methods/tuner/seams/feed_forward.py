@@ -8,6 +8,7 @@ from ...bank import Experts
 from ...catalog import Mixture
 from ...routing import Routing
 from ...spec import ConfigError
+from .. import proof
 from ..architecture import DecoderLayer, FeedForward, owned
 from ..deciding import columns
 from . import base
@@ -29,6 +30,10 @@ class Seam(base.Seam):
     def declared(self, layer: DecoderLayer):
         for mixture, name, bank in self.entries:
             yield mixture, name, "ffn", bank.params(layer.width, layer.places["down"].shape[0])
+
+    def prove(self, model: nn.Module, layer: DecoderLayer) -> None:
+        if any(entry.bank.replaces for entry in self.entries):
+            proof.feed_forward(layer)
 
     def feed_forward(self, owner, block: nn.Module, x: Tensor) -> Tensor:
         """Output [B, L, d] of the block for its input x [B, L, d]."""
