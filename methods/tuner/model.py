@@ -43,6 +43,7 @@ class MixtureModel(BaseTuner):
             )
         self.__dict__["mixture_recorder"] = None
         self.__dict__["prompt_length"] = None  # while generating
+        self.__dict__["prompt_padding"] = None
         self.__dict__["generating_skills"] = None
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self.model.register_forward_pre_hook(self._open_context, with_kwargs=True)
@@ -181,12 +182,23 @@ class MixtureModel(BaseTuner):
             (kwargs[k] for k in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(k) is not None),
             args[0] if args else None,
         )
+        chunk = kwargs.get("prefill_chunk_size") or getattr(
+            kwargs.get("generation_config") or self.model.generation_config, "prefill_chunk_size", None
+        )
+        if chunk and self._active_layers()[0].plan is not None and self._pools():
+            raise ConfigError(
+                f"prefill_chunk_size={chunk}: expected none, since a router of this adapter decides from "
+                "the whole "
+                "prompt, and would see its first part alone."
+            )
         self.__dict__["prompt_length"] = None if tokens is None else tokens.shape[1]
+        self.__dict__["prompt_padding"] = kwargs.get("attention_mask")
         self.__dict__["generating_skills"] = skill_ids
         try:
             return self.model.generate(*args, **kwargs)
         finally:
-            self.__dict__["prompt_length"] = self.__dict__["generating_skills"] = None
+            for name in ("prompt_length", "prompt_padding", "generating_skills"):
+                self.__dict__[name] = None
 
     def _open_context(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         prompt, skills = kwargs.pop("prompt_mask", None), kwargs.pop("skill_ids", None)
@@ -199,6 +211,9 @@ class MixtureModel(BaseTuner):
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
             mask = mask[:, -length:].bool()
+        elif mask is not None and self.prompt_length is not None:  # a static cache's mask, made by generate()
+            padding = self.prompt_padding if length == self.prompt_length else None
+            mask = None if padding is None else padding.bool()
         elif mask is not None and (self.mixture_recorder is not None or self._pools()):
             raise ConfigError(
                 "attention_mask: expected [batch, length] where routing is recorded or pooled; "
@@ -214,6 +229,8 @@ class MixtureModel(BaseTuner):
         labels = given.get("labels")
         if prompt is None and labels is not None:
             prompt = labels == -100
+            if self._pools():
+                check_prompts(prompt, mask)
         if prompt is None and self.prompt_length is not None:
             prompt = (torch.arange(length, device=tokens.device) < self.prompt_length).expand(
                 tokens.shape[:2]
@@ -292,6 +309,7 @@ class MixtureModel(BaseTuner):
         cache.mixture_gates = context.gates
         for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"):
             setattr(cache, name, _following(cache, getattr(cache, name), name))
+        cache.reset = _forgetting(cache, cache.reset)
 
     # What a user asks
 
@@ -341,6 +359,35 @@ def checked_skills(ids: Tensor, count: int, labels: int | None = None) -> Tensor
         row = int(rows[0])
         raise ConfigError(f"skill_ids[{row}]={int(ids[row])}: {what}")
     return ids
+
+
+def check_prompts(prompt: Tensor, mask: Tensor | None) -> None:
+    """Raise ConfigError unless every sequence has a real token that its labels leave out: routers would take
+    the first token for all of the prompt. On a GPU the device stops instead, without a wait."""
+    there = (prompt if mask is None else prompt & mask).any(1)
+    what = (
+        "expected -100 at the prompt's tokens, or prompt_mask, since a router of this adapter decides from "
+        "the prompt "
+        "and labels=input_ids does not say where it ends."
+    )
+    if there.device.type != "cpu" or is_fake(there):
+        torch._assert_async(there.all(), f"labels: {what}")
+    elif not bool(there.all()):
+        raise ConfigError(f"labels: sequence {int((~there).nonzero()[0])} has no -100; {what}")
+
+
+def _forgetting(cache: Any, reset: Any):
+    """A cache's `reset` that also drops the sequence decisions kept beside it: the next text is another
+    one."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if hasattr(cache, "mixture_gates"):
+            del cache.mixture_gates
+        for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "reset"):
+            cache.__dict__.pop(name, None)
+        return reset(*args, **kwargs)
+
+    return wrapped
 
 
 def _following(cache: Any, method: Any, name: str):
