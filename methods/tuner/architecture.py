@@ -163,7 +163,8 @@ def is_decoder_layer(module: nn.Module) -> bool:
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Decoder layers by qualified name. Raises ConfigError listing what was looked for where there are
     none."""
-    layers = {name: m for name, m in model.named_modules() if is_decoder_layer(m)}
+    text = _text_part(model)
+    layers = {name: m for name, m in model.named_modules() if is_decoder_layer(m) and id(m) in text}
     if not layers:
         kinds = sorted(
             {
@@ -178,6 +179,34 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
             f"modules are {', '.join(kinds[:40])}."
         )
     return layers
+
+
+def _text_part(model: nn.Module) -> set[int]:
+    """Ids of the modules of the text decoder: a vision or audio tower has layers of its own, which read no
+    text."""
+    towers = ("vision", "audio", "visual", "image")
+    outside = {
+        id(m)
+        for name, tower in model.named_modules()
+        if any(word in name.rpartition(".")[2].lower() for word in towers)
+        for m in tower.modules()
+    }
+    return {id(m) for m in model.modules()} - outside
+
+
+def require_whole(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Raise ConfigError where some of the model's decoder layers are none that a mixture can attach to: it
+    would adapt the others alone."""
+    config = getattr(model, "config", None)
+    count = getattr(getattr(config, "text_config", None) or config, "num_hidden_layers", len(layers))
+    if count != len(layers):
+        raise ConfigError(
+            f"{type(model).__name__} has {count} decoder layers, of which {len(layers)} have an attention "
+            "with "
+            f"{'|'.join(PEFT_NAMES['q'])} ({', '.join(list(layers)[:3])}, ...): the others would be left as "
+            "they are. "
+            "Expected a model whose layers are all alike."
+        )
 
 
 def frozen_linears(places: list[Place]) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from .. import catalog
 from ..catalog import Method
 from ..experts.lora import LoRA
 from ..spec import ConfigError
-from .architecture import PEFT_NAMES, keep_layout
+from .architecture import PEFT_NAMES, DecoderLayer, decoder_layers, keep_layout, require_whole
 
 PEFT_TYPE = "MIXTURE"
 
@@ -103,4 +103,24 @@ def attach(model: nn.Module, data: Mapping[str, Any]) -> nn.Module:
     if method.tuner in ("full", "none"):
         return model.requires_grad_(method.tuner == "full")
     keep_layout(model)  # PEFT's own tuners do not
-    return get_peft_model(model, peft_config(dict(data)))
+    config = peft_config(dict(data))
+    if method.tuner == "peft":
+        _require_targets(model, config, method)
+    return get_peft_model(model, config)
+
+
+def _require_targets(model: nn.Module, config: LoraConfig, method: Method) -> None:
+    """PEFT adapts whatever it finds of the targets, wherever it lies, and says nothing of the rest:
+    ConfigError unless every text layer has them all, and nothing else has."""
+    layers = decoder_layers(model)
+    require_whole(model, layers)
+    inside = {id(m) for layer in layers.values() for m in layer.modules()}
+    for name, layer in layers.items():
+        DecoderLayer(name, layer, model.config).require(_only_bank(method).targets)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in config.target_modules and id(module) not in inside:
+            raise ConfigError(
+                f"{name}: tuner=peft would adapt it too, since PEFT goes by names, and it is no part of a "
+                "text layer; "
+                "expected a model of text alone."
+            )

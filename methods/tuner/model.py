@@ -15,7 +15,7 @@ from ..recorder import Context
 from ..router import Router
 from ..spec import ConfigError
 from . import attention, proof
-from .architecture import DecoderLayer, decoder_layers, keep_layout
+from .architecture import DecoderLayer, decoder_layers, keep_layout, require_whole
 from .config import PEFT_TYPE, MixtureConfig
 from .layer import MixtureLayer
 from .plan import Plan
@@ -79,6 +79,7 @@ class MixtureModel(BaseTuner):
     def _prepare_model(self, peft_config: MixtureConfig, model: nn.Module) -> None:
         refuse_adapted(model)
         self._layers = decoder_layers(model)
+        require_whole(model, self._layers)
         keep_layout(model)
         shape = {
             "layers": len(self._layers),

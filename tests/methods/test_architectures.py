@@ -17,6 +17,7 @@ from tiny import (
     ARCHITECTURES,
     MIXTURES,
     PAD,
+    SIZES,
     VOCAB,
     assert_near,
     attached,
@@ -278,3 +279,41 @@ def test_a_refused_model_is_left_as_it_was():
         n for n, _ in model.named_modules()
     ] == names and model.config._attn_implementation == implementation
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "molora"])
+def test_what_was_asked_and_is_not_there_is_an_error_for_all(name):
+    """Phi-2 has q, k, v by these names, and neither o nor down."""
+    phi = tf.PhiForCausalLM(tf.PhiConfig(**SIZES))
+    with pytest.raises(ConfigError, match="no place for .*down.* in decoder layer 'model.layers.0'"):
+        attached(name, phi)
+    attached(name, tf.PhiForCausalLM(tf.PhiConfig(**SIZES)), **{"experts.targets": ["q", "k", "v"]})
+
+
+@pytest.mark.parametrize("name", ["lora", "molora"])
+def test_a_model_whose_layers_differ_is_not_adapted_in_part(name):
+    model = base(num_hidden_layers=3)
+    model.model.layers[1].self_attn = torch.nn.Identity()
+    with pytest.raises(ConfigError, match="has 3 decoder layers, of which 2 have an attention with q_proj"):
+        attached(name, model)
+
+
+def test_towers_that_read_no_text_are_left_alone():
+    text = tf.MistralConfig(**SIZES, head_dim=8)
+    vision = tf.PixtralVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
+
+    def model():
+        return tf.Mistral3ForConditionalGeneration(tf.Mistral3Config(text_config=text, vision_config=vision))
+
+    adapted = attached("molora", model())
+    assert len(adapted.base_model.mixture_layers()) == 2
+    assert not [n for n in trainable(adapted) if "vision" in n]
+    with pytest.raises(ConfigError, match="vision_tower.*tuner=peft would adapt it too"):
+        attached("lora", model())
