@@ -285,7 +285,7 @@ def test_a_refused_model_is_left_as_it_was():
 def test_what_was_asked_and_is_not_there_is_an_error_for_all(name):
     """Phi-2 has q, k, v by these names, and neither o nor down."""
     phi = tf.PhiForCausalLM(tf.PhiConfig(**SIZES))
-    with pytest.raises(ConfigError, match="no place for .*down.* in decoder layer 'model.layers.0'"):
+    with pytest.raises(ConfigError, match=r"no place for .*down.* in decoder layer 'model\.layers\.0'"):
         attached(name, phi)
     attached(name, tf.PhiForCausalLM(tf.PhiConfig(**SIZES)), **{"experts.targets": ["q", "k", "v"]})
 
@@ -315,5 +315,5 @@ def test_towers_that_read_no_text_are_left_alone():
     adapted = attached("molora", model())
     assert len(adapted.base_model.mixture_layers()) == 2
     assert not [n for n in trainable(adapted) if "vision" in n]
-    with pytest.raises(ConfigError, match="vision_tower.*tuner=peft would adapt it too"):
+    with pytest.raises(ConfigError, match=r"vision_tower.*tuner=peft would adapt it too"):
         attached("lora", model())
