@@ -6,15 +6,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moabench.methods import catalog
 from moabench.methods.spec import ConfigError
 
 from .hashing import NOT_IN_HASH, plain
-
-if TYPE_CHECKING:
-    from .run import RunConfig
+from .sections import ModelConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -30,29 +28,35 @@ class Recipe:
     own: tuple[str, ...] = ()
     """Keys of `train` that were set over it."""
 
-    def departures(self, cfg: RunConfig) -> list[str]:
-        """What `cfg` has other than the recipe, as `key=value (published)`; empty where it is the published
-        setting, and for the frozen base, which does not train. Data and task are not compared."""
-        if cfg.parsed_method.tuner == "none":
-            return []
-        found = [] if self.follows else [f"method={cfg.parsed_method.name} (no recipe of its own)"]
-        names = [Path(hub_id).name for hub_id in self.model]
-        if names and Path(cfg.model.path or "").name not in names:
-            found.append(f"model={cfg.model.name} ({' or '.join(names)})")
-        if self.follows:
-            found += self._of_method(cfg)
-        values = plain(cfg.train)
-        return found + [f"{key}={_typed(values[key.partition('.')[2]])} (set by hand)" for key in self.own]
+    def departures(
+        self, method: catalog.Method, data: Mapping[str, Any], model: ModelConfig, train: TrainConfig
+    ) -> list[str]:
+        """What a run has other than the recipe, as `key=value (published)`; data: the method as it was
+        parsed from.
 
-    def _of_method(self, cfg: RunConfig) -> list[str]:
+        Empty where it is the published setting, and for the frozen base, which does not train. Data and task
+        are not compared.
+        """
+        if method.tuner == "none":
+            return []
+        found = [] if self.follows else [f"method={method.name} (no recipe of its own)"]
+        names = [Path(hub_id).name for hub_id in self.model]
+        if names and Path(model.path or "").name not in names:
+            found.append(f"model={model.name} ({' or '.join(names)})")
+        if self.follows:
+            found += self._of_method(method.name, data)
+        return found + [
+            f"{key}={_typed(getattr(train, key.partition('.')[2]))} (set by hand)" for key in self.own
+        ]
+
+    def _of_method(self, name: str, data: Mapping[str, Any]) -> list[str]:
         """The options of the method that differ, where they make another method."""
-        name = cfg.parsed_method.name
         if name not in catalog.names():
             return [f"method={name} (not a shipped one)"]
         published = catalog.override(catalog.raw(name), self.method)
-        if _means(published) == _means(cfg.method):
+        if _means(published) == _means(data):
             return []
-        return list(_differences(cfg.method, published, "method."))
+        return list(_differences(data, published, "method."))
 
 
 def taken(recipe: Mapping[str, Any], chosen: Collection[str]) -> dict[str, Any]:

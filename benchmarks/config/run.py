@@ -116,7 +116,9 @@ class RunConfig:
     @property
     def departures(self) -> list[str]:
         """What this run has other than the published setting that `train` belongs to."""
-        return self.recipe.departures(self) if self.recipe else []
+        if self.recipe is None:
+            return []
+        return self.recipe.departures(self.parsed_method, self.method, self.model, self.train)
 
     @property
     def globals(self) -> dict[str, Any]:
