@@ -110,7 +110,7 @@ AS_PUBLISHED = {
     "moa_soft": ["model=llama3.1_8b_instruct", "method.input=raw", "method.router.net=linear"],
     "moa_sparse": ["model=llama3.1_8b_instruct", "method.input=raw"],
     "lora": ["++model.path=a/folder/Meta-Llama-3.1-8B-Instruct"],
-    "mixlora": ["model=llama2_7b"],
+    "mixlora": ["model=llama2_7b", "++method.losses.switch_balance.batch=micro"],
     "adamole": [
         "model=llama2_7b",
         "method.experts.targets=[q,k,v,o]",
@@ -119,6 +119,7 @@ AS_PUBLISHED = {
         "method.experts.dropout=0.05",
         "method.router.bias=false",
         "method.losses.switch_balance.values=shifted",
+        "++method.losses.switch_balance.batch=micro",
     ],
     "hydralora": [
         "model=llama2_7b",
@@ -139,7 +140,9 @@ def test_a_recipe_says_what_a_run_has_otherwise(method):
     assert composed(choice, "train=paper", *typed).departures == []
     found = composed(choice, "train=paper").departures
     assert found[0].startswith("model=tiny (")
-    assert [text.partition("=")[0] for text in found[1:]] == sorted(t.partition("=")[0] for t in typed[1:])
+    assert [text.partition("=")[0] for text in found[1:]] == sorted(
+        text.lstrip("+").partition("=")[0] for text in typed[1:]
+    )
 
 
 @pytest.mark.parametrize(
