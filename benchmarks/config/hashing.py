@@ -14,7 +14,7 @@ __all__ = ["LATER", "digest", "plain"]
 
 NOT_IN_HASH = {
     "runs_dir": None, "keep": None, "retry": None, "experiment": None, "logger": None, "quiet": None,
-    "traceback": None, "threads": None,
+    "traceback": None, "threads": None, "recipe": None,
     "shard": None, "train": {"log_every", "save_every", "halve"}, "data": {"allow_cut"},
 }  # fmt: skip
 """What cannot change the result: whole sections (None) or some of their keys."""

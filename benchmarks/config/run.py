@@ -17,6 +17,7 @@ from moabench.methods.spec import Bound, ConfigError, Seed, build
 from .budget import BudgetConfig
 from .hashing import NOT_IN_HASH, digest, plain
 from .mix import MixConfig
+from .recipe import Recipe, taken
 from .sections import DataConfig, LoggerConfig, ModelConfig, ProbeConfig, TaskConfig, TrainConfig
 from .study import ExperimentConfig
 
@@ -38,6 +39,9 @@ class RunConfig:
     forgetting: str = "auto"
     """Text whose loss is measured before and after training: auto (the corpus of the shipped model), none, or
     a text file."""
+    recipe: Recipe | None = None
+    """The published setting that `train` belongs to, filled in from its file; null on the command line: what
+    differs from it is meant, and is not told."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
@@ -86,6 +90,8 @@ class RunConfig:
             method = catalog.parse(data["method"], "method")
             if isinstance(data.get("train"), dict):
                 data["train"] = _merge_recipe(data["train"], method.name, chosen)
+                recipe = data["train"].pop("recipe", None) or data.get("recipe")
+                data["recipe"] = taken(recipe, chosen) if recipe and "recipe" not in chosen else None
         if isinstance(data.get("task"), str | list | tuple):
             data["task"] = TaskConfig.of(data["task"])
         if isinstance(data.get("model"), dict) and "model.path" in chosen:
@@ -106,6 +112,13 @@ class RunConfig:
     def parsed_method(self) -> Any:
         """The validated method (`.name`, `.tuner`)."""
         return catalog.parse(self.method, "method")
+
+    @property
+    def departures(self) -> list[str]:
+        """What this run has other than the published setting that `train` belongs to."""
+        if self.recipe is None:
+            return []
+        return self.recipe.departures(self.parsed_method, self.method, self.model, self.train)
 
     @property
     def globals(self) -> dict[str, Any]:

@@ -104,6 +104,12 @@ def _announce(cfg: RunConfig, folder: RunFolder, state: State) -> None:
         }
         doing = again.get(state, "starts")
         print(f"{folder.path} {doing}", file=sys.stderr, flush=True)
+        if found := cfg.departures:
+            print(
+                f"differs from the published setting (in brackets): {', '.join(found)}; recipe=null says "
+                "that it is meant",
+                file=sys.stderr,
+            )
 
 
 def _execute(prepared: Prepared, folder: RunFolder, solution: budget.Solution | None, resume: bool) -> None:
@@ -112,6 +118,8 @@ def _execute(prepared: Prepared, folder: RunFolder, solution: budget.Solution | 
     if not resume:
         files.remove_folder(path / "checkpoints")
     files.write_yaml(path / "config.yaml", cfg.to_dict())
+    if cfg.recipe:
+        files.write_json(path / "recipe.json", {"follows": cfg.recipe.follows, "differs": cfg.departures})
     device = set_globals(**cfg.globals)
     from .fits import check as check_memory
 

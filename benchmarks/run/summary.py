@@ -158,6 +158,11 @@ def _facts(metrics: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
         "leakage": leaked,
         "cut": [cut(metrics)],
     }
+    differs = (files.read_json(folder / "recipe.json") or {}).get("differs")
+    if isinstance(differs, list) and differs:
+        lines["recipe"] = [
+            f"differs from the published setting (in brackets): {', '.join(map(str, differs))}"
+        ]
     lines["folder"] = [str(folder)]
     joined = {name: ", ".join(filter(None, texts)) for name, texts in lines.items()}
     return [(name, text) for name, text in joined.items() if text]

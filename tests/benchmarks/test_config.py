@@ -81,6 +81,101 @@ def test_paper_recipe_gives_way_to_the_user():
     assert composed("method=adamole", "train=paper", "train.lr=3e-3").train.lr == 3e-3
 
 
+# What the sources have (conf/train/paper.yaml names file and line of each).
+PUBLISHED = {
+    "moa_soft": {"max_length": 200, "lr": 7.5e-4, "weight_decay": 0.02, "beta2": 0.95, "max_grad_norm": 0},
+    "molora": {"max_length": 200, "batch_size": 4, "accumulation": 8, "loss": "response"},
+    "mixlora": {
+        "weight_decay": 0.01,
+        "max_grad_norm": 0,
+        "loss": "whole",
+        "schedule": "constant",
+        "warmup": 0,
+    },
+    "mixlora_dynamic": {"weight_decay": 0.01, "max_grad_norm": 0, "loss": "whole", "lr": 2e-4},
+    "adamole": {"loss": "whole", "lr": 1e-4, "warmup": 200, "max_length": 256, "max_grad_norm": 1},
+    "hydralora": {"loss": "response", "max_length": 1024, "batch_size": 1, "accumulation": 8, "epochs": 1},
+    "dora": {"loss": "whole", "warmup": 100, "schedule": "linear", "lr": 2e-4, "batch_size": 16, "epochs": 3},
+}
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_recipes_are_those_of_their_sources(method):
+    train = composed(f"method={method}", "train=paper").train
+    assert {key: getattr(train, key) for key in PUBLISHED[method]} == PUBLISHED[method]
+
+
+# What stands between a shipped method and its source, as one would type it.
+AS_PUBLISHED = {
+    "moa_soft": ["model=llama3.1_8b_instruct", "method.input=raw", "method.router.net=linear"],
+    "moa_sparse": ["model=llama3.1_8b_instruct", "method.input=raw"],
+    "lora": ["++model.path=a/folder/Meta-Llama-3.1-8B-Instruct"],
+    "mixlora": ["model=llama2_7b", "++method.losses.switch_balance.batch=micro"],
+    "adamole": [
+        "model=llama2_7b",
+        "method.experts.targets=[q,k,v,o]",
+        "method.experts.r=4",
+        "method.experts.alpha=16",
+        "method.experts.dropout=0.05",
+        "method.router.bias=false",
+        "method.losses.switch_balance.values=shifted",
+        "++method.losses.switch_balance.batch=micro",
+    ],
+    "hydralora": [
+        "model=llama2_7b",
+        "method.experts.targets=[gate,up,down]",
+        "method.experts.n=4",
+        "method.experts.r=4",
+        "method.experts.alpha=32",
+        "method.experts.dropout=0.05",
+    ],
+}
+
+
+@pytest.mark.parametrize("method", AS_PUBLISHED)
+def test_a_recipe_says_what_a_run_has_otherwise(method):
+    """Each option of the published setting that is missing is named, nothing else, and none when all are
+    there."""
+    choice, typed = f"method={method}", AS_PUBLISHED[method]
+    assert composed(choice, "train=paper", *typed).departures == []
+    found = composed(choice, "train=paper").departures
+    assert found[0].startswith("model=tiny (")
+    assert [text.partition("=")[0] for text in found[1:]] == sorted(
+        text.lstrip("+").partition("=")[0] for text in typed[1:]
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (["method=mixlora", "method.experts.n=4"], "method.experts.n=4 (8)"),
+        (["method=adamole"], "method.experts.targets=[q,k,v,o,down] ([q,k,v,o])"),
+        (["method=unipeft"], "method.gates=family ({lora: lora, prompt: prompt, parallel_adapter: prompt})"),
+        (["method=mov"], "method=mov (no recipe of its own)"),
+        (["method=lora", "train.lr=1e-3"], "train.lr=0.001 (set by hand)"),
+    ],
+)
+def test_what_differs_is_named_with_what_is_published(typed, says):
+    assert says in composed("train=paper", *typed).departures
+
+
+def test_what_does_not_differ_is_not_named():
+    base = ["method=moe_lora_topk", "train=paper", "model=llama3.1_8b_instruct"]
+    spelled = [
+        "++method.experts.gate_grad=plain",
+        "train.log_every=3",
+    ]  # a default, and what changes no result
+    assert composed(*base, *spelled).departures == []
+    assert composed("method=none", "train=paper").departures == []
+    assert composed("method=mixlora").departures == []  # train=quick is nobody's recipe
+
+
+def test_a_departure_on_purpose():
+    meant, told = (composed("method=moa_soft", "train=paper", *more) for more in (["recipe=null"], []))
+    assert meant.recipe is None and meant.departures == [] and told.departures
+    assert run_hash(meant) == run_hash(told)
+
+
 def test_recipes_name_existing_methods():
     import yaml
 

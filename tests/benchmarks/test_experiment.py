@@ -4,6 +4,7 @@ becomes of errors."""
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 
 from moabench.benchmarks.bases.adapters import load_adapter
 from moabench.benchmarks.config.choices import CONF
+from moabench.benchmarks.config.recipe import Recipe
 from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.evaluation import scoring
 from moabench.benchmarks.machine.files import RunError, StorageError, read_json
@@ -331,6 +333,18 @@ def test_rows_of_the_hub_are_hashed_where_no_commit_pins_them(tmp_path, monkeypa
     said[0] = "one"
     (tmp_path / "mix.json").write_text('{"instruction": "Say so.", "output": "No."}')
     assert inputs(f"+mix.file={tmp_path / 'mix.json'}")["training"] != mixed["training"]
+
+
+def test_a_run_that_is_not_the_published_setting_says_so(tmp_path, capsys):
+    cfg = config(tmp_path, "method=lora", "task=arc_easy", "quiet=false", "++forgetting=none")
+    cfg = replace(cfg, recipe=Recipe(follows="its code", model=("org/large",), own=("train.lr",)))
+    outcome = experiment.run(cfg)
+    said = capsys.readouterr().err
+    assert read_json(outcome.folder / "recipe.json") == {"follows": "its code", "differs": cfg.departures}
+    assert len(cfg.departures) == 2 and all(text in said for text in cfg.departures)
+    experiment.run(cfg)  # found finished
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in cfg.departures)
 
 
 def test_what_was_cut_is_said(tmp_path, leaky, capsys):
