@@ -28,6 +28,9 @@ from moabench.methods.spec import (
 
 from .hashing import LATER
 
+Rate = Annotated[float, Bound(gt=0, le=1e17)]
+"""A learning rate; the end is far, since one that is too large is found by its loss."""
+
 
 @dataclass(frozen=True)
 class RandomModel:
@@ -197,11 +200,11 @@ class TrainConfig:
     halve: bool = False
     """Out of memory: go on with half the sequences in a pass and twice the passes, until it fits;
     recorded."""
-    lr: Positive = 2e-3
+    lr: Rate = 2e-3
     """Peak learning rate of adapters."""
-    lr_full: Positive = 5e-4
+    lr_full: Rate = 5e-4
     """Peak learning rate when the whole model is trained (method=full)."""
-    lr_grid: tuple[Positive, ...] = ()
+    lr_grid: tuple[Rate, ...] = ()
     """Rates of which the best one on held-out training rows is taken instead of `lr`
     (benchmarks/fairness/tuning.py)."""
     warmup: NonNegative = 0.06

@@ -15,7 +15,7 @@ from moabench.benchmarks.machine.files import RunError
 HOLD = """
 import sys
 from pathlib import Path
-from moabench.benchmarks.devices import claim
+from moabench.benchmarks.machine.devices import claim
 print(claim(["4", "GPU-6/x"], Path(sys.argv[1])), flush=True)
 input()
 """

@@ -4,6 +4,7 @@ disturb nothing.
 pytest tests/benchmarks/test_probe.py
 """
 
+import json
 import math
 from dataclasses import replace
 
@@ -17,7 +18,6 @@ from moabench.analysis.measures import catalog as measures
 from moabench.analysis.measures import routing as measure
 from moabench.benchmarks.config.sections import ProbeConfig
 from moabench.benchmarks.data import batches
-from moabench.benchmarks.machine.files import read_json
 from moabench.benchmarks.observing.probe import Probe, first_tokens, spread
 from moabench.benchmarks.observing.probe_tokens import probe_set
 from moabench.benchmarks.tasks.rows import Reader
@@ -73,7 +73,8 @@ def test_the_tokens_are_those_of_data_and_tokenizer_alone(small, tokenizer, tmp_
     assert probe_set(small("molora", tokens=400), tokenizer, Reader(cfg.data)).hash != found.hash
     few = replace(cfg.data, eval_limit=2)
     assert probe_set(replace(cfg, data=few), tokenizer, Reader(few)).hash != found.hash
-    assert read_json(tmp_path / ".probes" / f"{found.hash[:16]}.json") == found.plain()
+    kept = (tmp_path / ".probes" / f"{found.hash[:16]}.json").read_text()
+    assert json.loads(kept) == found.plain()
 
 
 def test_fewer_questions_than_tokens(small, tokenizer):
