@@ -28,7 +28,7 @@ from moabench.methods.spec import (
 
 from .hashing import LATER
 
-Rate = Annotated[float, Bound(gt=0, le=1e17)]
+Rate = Annotated[float, Bound(gt=0, le=1e30)]
 """A learning rate; the end is far, since one that is too large is found by its loss."""
 
 

@@ -117,7 +117,7 @@ def test_a_run_of_several_processes_is_found_again(two):
 
 def test_a_failure_ends_all_processes(tmp_path):
     done = together(
-        "-m", "method=lora", "seed=0,1", *SMALL, "train.lr=1e17", "train.max_grad_norm=0", cwd=tmp_path
+        "-m", "method=lora", "seed=0,1", *SMALL, "train.lr=1e30", "train.max_grad_norm=0", cwd=tmp_path
     )
     assert done.returncode != 0 and "expected a finite loss" in done.stderr
     states = [read_json(folder / "status.json")["state"] for folder in find(tmp_path / "runs")]

@@ -17,6 +17,7 @@ from moabench.benchmarks.config.mix import PartConfig
 from moabench.benchmarks.config.overrides import composed as _composed
 from moabench.benchmarks.config.overrides import prepare
 from moabench.benchmarks.config.run import RunConfig
+from moabench.benchmarks.config.sections import Rate
 from moabench.benchmarks.machine import globals as process
 from moabench.benchmarks.machine import memory
 from moabench.benchmarks.run import fits
@@ -49,6 +50,8 @@ def endless(cls: type, path: str) -> list[str]:
 
 
 def _endless(hint, path: str) -> list[str]:
+    if hint == Rate:  # a far end: a rate that is too large is found by its loss
+        return []
     if typing.get_origin(hint) is typing.Annotated:
         bound = hint.__metadata__[0]
         return [path] if typing.get_args(hint)[0] in (int, float) and bound.holds(10**18) else []
