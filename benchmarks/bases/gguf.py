@@ -16,7 +16,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from moabench.benchmarks.machine import files
 from moabench.methods.spec import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moabench.benchmarks.config.sections import ModelConfig
 
@@ -132,30 +132,14 @@ def _convert(cfg: ModelConfig, new: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file, what = cfg.gguf, _what(cfg)
-    try:
-        source = _Source(file)
-        source.check(what)
-        at = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own
-            tokenizer = AutoTokenizer.from_pretrained(**at, local_files_only=True)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                **at, local_files_only=True, dtype=torch.float32, output_loading_info=True
-            )
-    except (ConfigError, OSError):
-        raise
-    except Exception as error:  # transformers and gguf raise a dozen types
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigError(f"{what}: transformers cannot read it ({reason}). {TOLD}") from error
-    read = sum(p.numel() for p in model.parameters())
-    if report["missing_keys"] or report["mismatched_keys"] or read != source.numbers:
-        lacking = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
-        raise ConfigError(
-            f"{what}: transformers makes {read:,} parameters of its {source.numbers:,} numbers"
-            + (f", none of them {lacking[0]}" if lacking else "")
-            + f", so that the model would be another. {TOLD}"
+    what = _what(cfg)
+    with _one_error(what):
+        source = _Source(cfg.gguf)
+        tokenizer = source.tokenizer(what)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **source.place, dtype=torch.float32, output_loading_info=True
         )
-    source.cut(tokenizer, what)
+    source.check(what, model, report)
     del model.config.quantization_config  # unpacked; save_pretrained refuses packed models
     model.hf_quantizer = None
     model.save_pretrained(new)
@@ -172,55 +156,84 @@ def _convert(cfg: ModelConfig, new: Path) -> None:
     files.write_json(new / RECORD, record)
 
 
+@contextlib.contextmanager
+def _one_error(what: str) -> Iterator[None]:
+    """Whatever transformers and gguf raise as one ConfigError; the bar that the loader draws is not drawn."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except ConfigError:
+        raise
+    except Exception as error:  # they raise a dozen types
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"{what}: transformers cannot read it ({reason}). {TOLD}") from error
+
+
 PROBE = "It's 12  345.6\n\n  Ünï½ <|endoftext|></s> a\tB"
 
 
 class _Source:
-    """What a GGUF file says of itself that transformers' loader passes over."""
+    """A GGUF file, and what it says of itself that transformers' loader passes over."""
 
     def __init__(self, file: Path) -> None:
         import gguf
 
         reader = gguf.GGUFReader(file)
-        self.facts = {
-            name: reader.fields[name].contents()
-            for name in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
-            if name in reader.fields
+        self.place: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(file.parent),
+            "gguf_file": file.name,
+            "local_files_only": True,
         }
+        self.kind, self.pre = (
+            reader.fields[name].contents() if name in reader.fields else None
+            for name in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+        )
         self.rope = sorted(
             [name for name in reader.fields if ".rope.scaling." in name]
             + [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
         )
         self.numbers = sum(int(tensor.n_elements) for tensor in reader.tensors)
 
-    def check(self, what: str) -> None:
-        """Raises ConfigError for positions that would be read as others."""
+    def check(self, what: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+        """Raises ConfigError where the model is another than that of the file: its positions are scaled,
+        tensors are left over, or lack and were drawn at random. report: transformers' loading info."""
         if self.rope:
             raise ConfigError(
                 f"{what}: scales its rotary positions ({self.rope[0]}), which transformers passes over in "
                 f"GGUF files. {TOLD}"
             )
+        read = sum(p.numel() for p in model.parameters())
+        lacking = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+        if lacking or read != self.numbers:
+            raise ConfigError(
+                f"{what}: transformers makes {read:,} parameters of its {self.numbers:,} numbers"
+                + (f", none of them {lacking[0]}" if lacking else "")
+                + f", so that the model would be another. {TOLD}"
+            )
 
-    def cut(self, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
-        """Puts back how text is cut before BPE, where transformers has GPT-2's way for all that it does not
-        know. Raises ConfigError for one that nobody here knows."""
+    def tokenizer(self, what: str) -> PreTrainedTokenizerBase:
+        """With the way in which the file says that text is cut before BPE: transformers has GPT-2's for all
+        that it does not know. Raises ConfigError for one that is not known here either."""
         from tokenizers import pre_tokenizers
+        from transformers import AutoTokenizer
 
-        if self.facts.get("tokenizer.ggml.model") != "gpt2":  # SentencePiece: the vocabulary says it all
-            return
-        backend, pre = tokenizer.backend_tokenizer, self.facts.get("tokenizer.ggml.pre")
-        if pre in DIGITS:
+        tokenizer = AutoTokenizer.from_pretrained(**self.place)
+        if self.kind != "gpt2":  # SentencePiece: the vocabulary says it all
+            return tokenizer
+        backend = tokenizer.backend_tokenizer
+        if self.pre in DIGITS:
             backend.pre_tokenizer = pre_tokenizers.Sequence(
                 [
                     pre_tokenizers.Digits(individual_digits=True),
                     pre_tokenizers.ByteLevel(add_prefix_space=False),
                 ]
             )
-        elif pre not in WHOLE and json.loads(backend.to_str())["pre_tokenizer"]["type"] == "ByteLevel":
+        elif self.pre not in WHOLE and json.loads(backend.to_str())["pre_tokenizer"]["type"] == "ByteLevel":
             raise ConfigError(
-                f"{what}: tokenizer.ggml.pre={pre!r}, a way of cutting text that neither transformers nor "
-                f"this project knows; known here: {', '.join((*WHOLE, *DIGITS))}. {TOLD}"
+                f"{what}: tokenizer.ggml.pre={self.pre!r}, a way of cutting text that neither transformers "
+                f"nor this project knows; known here: {', '.join((*WHOLE, *DIGITS))}. {TOLD}"
             )
+        return tokenizer
 
 
 def _sha256(path: Path) -> str:
