@@ -92,7 +92,7 @@ def converted(cfg: ModelConfig, base: str) -> ModelConfig:
     folder = place(base)
     if not _whole(folder, base):
         check(cfg)
-        with _alone(folder):
+        with _alone():
             if not _whole(folder, base):
                 print(f"{cfg.gguf} is converted into {folder}, once", file=sys.stderr, flush=True)
                 files.write_folder(folder, lambda new: _convert(cfg, new))
@@ -109,9 +109,10 @@ def _whole(folder: Path, base: str) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the kernel lets the lock go when its owner dies, however it dies."""
-    file = folder.with_suffix(".lock")
+def _alone() -> Iterator[None]:
+    """One process converts at a time; the kernel lets the lock go when its owner dies, however it dies.
+    What one that died left is removed."""
+    file = cache() / "gguf.lock"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
@@ -122,6 +123,7 @@ def _alone(folder: Path) -> Iterator[None]:
         ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        files.remove_unfinished(cache())
         yield
     finally:
         os.close(descriptor)
@@ -207,7 +209,7 @@ class _Source:
         if lacking or read != self.numbers:
             raise ConfigError(
                 f"{what}: transformers makes {read:,} parameters of its {self.numbers:,} numbers"
-                + (f", none of them {lacking[0]}" if lacking else "")
+                + (f" and none for {lacking[0]}" if lacking else "")
                 + f", so that the model would be another. {TOLD}"
             )
 

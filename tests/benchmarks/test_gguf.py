@@ -196,7 +196,7 @@ def test_converted_once_and_found_from_then_on(written, tmp_path, monkeypatch):
     renamed = shutil.copy(file, tmp_path / "other.gguf")
     again, _ = load_model(base(renamed), 0, "cpu")
     assert torch.equal(first.lm_head.weight, again.lm_head.weight)
-    (folder,) = (tmp_path / "cache" / "moabench").glob("gguf-*[!k]")
+    (folder,) = (tmp_path / "cache" / "moabench").glob("gguf-*")
     assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
@@ -251,6 +251,14 @@ def test_parallel_runs_convert_once(tmp_path, monkeypatch):
         thread.join()
     assert len(made) == 1
     assert set(found) == {str(tmp_path / "cache" / "moabench" / f"gguf-{'0' * 16}")} and len(found) == 4
+
+
+@needs_gguf
+def test_what_a_killed_conversion_left_is_removed(written, tmp_path):
+    left = tmp_path / "cache" / "moabench" / ".gguf-0.x.tmp"
+    left.mkdir(parents=True)
+    load_tokenizer(base(written()))
+    assert not left.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
@@ -335,7 +343,7 @@ def test_a_package_that_is_not_here(version, files_of, said, monkeypatch):
         ({"pre": "unheard-of"}, "tokenizer.ggml.pre='unheard-of', a way of cutting text"),
         ({"pre": None}, "tokenizer.ggml.pre=None"),
         ({"scaled": True}, "scales its rotary positions"),
-        ({"without": ("blk.1.ffn_up.weight",)}, "none of them model.layers.1.mlp.up_proj.weight"),
+        ({"without": ("blk.1.ffn_up.weight",)}, "and none for model.layers.1.mlp.up_proj.weight"),
         ({"more": {"blk.0.odd.weight": np.zeros((3, 2), "float32")}}, "so that the model would be another"),
     ],
 )
