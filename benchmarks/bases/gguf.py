@@ -95,7 +95,10 @@ def converted(cfg: ModelConfig, base: str) -> ModelConfig:
         with _alone():
             if not _whole(folder, base):
                 print(f"{cfg.gguf} is converted into {folder}, once", file=sys.stderr, flush=True)
-                files.write_folder(folder, lambda new: _convert(cfg, new))
+                try:
+                    files.write_folder(folder, lambda new: _convert(cfg, new))
+                except files.StorageError as error:
+                    raise _unwritable(folder, error.__cause__) from error
     return dataclasses.replace(cfg, path=str(folder))
 
 
@@ -108,6 +111,13 @@ def _whole(folder: Path, base: str) -> bool:
     )
 
 
+def _unwritable(path: Path, error: OSError) -> files.StorageError:
+    return files.StorageError(
+        f"cannot write {path}: {error.strerror or error}; expected room for what is kept between runs, in "
+        "XDG_CACHE_HOME=path/to/folder."
+    )
+
+
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """One process converts at a time; the kernel lets the lock go when its owner dies, however it dies.
@@ -117,10 +127,7 @@ def _alone() -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise files.StorageError(
-            f"cannot write {file}: {error.strerror}; expected a folder for what is kept between runs, "
-            "XDG_CACHE_HOME=path/to/folder."
-        ) from error
+        raise _unwritable(file, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         files.remove_unfinished(cache())
@@ -132,6 +139,7 @@ def _alone() -> Iterator[None]:
 def _convert(cfg: ModelConfig, new: Path) -> None:
     """Writes model, tokenizer and record into the folder `new`."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     what = _what(cfg)
@@ -144,7 +152,10 @@ def _convert(cfg: ModelConfig, new: Path) -> None:
     source.check(what, model, report)
     del model.config.quantization_config  # unpacked; save_pretrained refuses packed models
     model.hf_quantizer = None
-    model.save_pretrained(new)
+    try:
+        model.save_pretrained(new)
+    except SafetensorError as error:  # a full disk
+        raise OSError(" ".join(str(error).split())) from error
     tokenizer.save_pretrained(new)
     again = AutoTokenizer.from_pretrained(str(new), local_files_only=True)
     if again(PROBE).input_ids != tokenizer(PROBE).input_ids:

@@ -4,6 +4,7 @@ read surely is an error.
 pytest tests/benchmarks/test_gguf.py
 """
 
+import errno
 import importlib.util
 import json
 import shutil
@@ -320,6 +321,18 @@ def test_a_cache_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("")
     with pytest.raises(StorageError, match="XDG_CACHE_HOME"):
         gguf.converted(base("a.gguf"), "0" * 16)
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def convert(cfg, new):
+        (new / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf, "check", lambda cfg: None)
+    monkeypatch.setattr(gguf, "_convert", convert)
+    with pytest.raises(StorageError, match=r"No space left on device; expected room .*XDG_CACHE_HOME"):
+        gguf.converted(base("a.gguf"), "0" * 16)
+    assert [path.name for path in (tmp_path / "cache" / "moabench").iterdir()] == ["gguf.lock"]
 
 
 # ---- its name
