@@ -50,6 +50,8 @@ NAMES = {
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # half a GB of SmolLM2, which pytest would keep
 
 
 def base(path, **options):
