@@ -4,9 +4,10 @@ and on a GPU of CUDA's.
 Run: python -m pytest tests/benchmarks/test_memory.py
 """
 
+import re
+
 import pytest
 import torch
-from test_cli import moabench
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moabench import methods
@@ -14,6 +15,7 @@ from moabench.benchmarks.command import memory
 from moabench.benchmarks.training import step
 from moabench.benchmarks.training.memory import checkpoint, estimate
 from moabench.methods import catalog
+from moabench.methods.spec import ConfigError
 
 SMALL = LlamaConfig(
     vocab_size=1000,
@@ -97,16 +99,16 @@ def test_the_models_of_the_table_have_their_published_sizes(name):
     assert sum(p.numel() for p in memory.bare(name).parameters()) == PARAMETERS[name]
 
 
-def test_the_command_says_what_a_config_needs(tmp_path):
-    done = moabench("memory", "method=moa_soft", "train.max_length=64", "train.batch_size=2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "moa_soft on tiny (float32), a step of 2 x 64 tokens" in done.stdout and "together" in done.stdout
+def test_the_command_says_what_a_config_needs(capsys):
+    assert memory.main(["method=moa_soft", "train.max_length=64", "train.batch_size=2"]) == 0
+    told = capsys.readouterr().out
+    assert "moa_soft on tiny (float32), a step of 2 x 64 tokens" in told and "together" in told
     for wrong, message in (
         ("moa_sof", "Did you mean 'moa_soft'?"),
         ("none", "expected a method that trains"),
     ):
-        done = moabench("memory", f"method={wrong}", cwd=tmp_path)
-        assert done.returncode == 2 and message in done.stderr
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            memory.main([f"method={wrong}"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
