@@ -61,7 +61,7 @@ def test_a_cache_that_is_reset_belongs_to_the_next_text(name):
 def test_labels_that_do_not_say_where_the_prompt_ends_are_refused(name):
     model, inputs = attached(name), batch()
     with pytest.raises(
-        ConfigError, match="labels: sequence 0 has no -100; expected -100 at the prompt's tokens"
+        ConfigError, match="labels: a sequence has no -100; expected -100 at the prompt's tokens"
     ):
         model(**inputs, labels=inputs["input_ids"])
     model(**inputs, labels=inputs["input_ids"], **prompt_mask(model, inputs["input_ids"]))

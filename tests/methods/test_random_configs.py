@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import base, batch
+from tiny import answer_only, base, batch
 from tiny import given as given_facts
 
 from moabench import methods
@@ -151,7 +151,7 @@ def test_a_config_trains_a_step_or_stops_with_one_error(frozen, data):
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.train()
     with methods.record(model) as recorder:
-        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss = model(**inputs, labels=answer_only(inputs["input_ids"], prompt=3)).loss
     loss = loss + sum(recorder.losses.values())
     assert loss.isfinite()
     if trainable:
