@@ -16,7 +16,6 @@ from moabench.benchmarks.config.run import RunConfig
 from moabench.benchmarks.machine import memory, processes
 from moabench.benchmarks.training.memory import peak_of, with_weights
 from moabench.benchmarks.training.train import encode_rows
-from moabench.methods.bank import LinearExperts
 from moabench.methods.spec import ConfigError
 
 from .prepared import Prepared
@@ -87,7 +86,7 @@ def _on_host(prepared: Prepared) -> dict[str, float]:
         for method in (prepared.method, *(method for _, method in prepared.method.layers))
         for mixture in method.mixtures
         for bank in mixture.banks.values()
-        if isinstance(bank, LinearExperts) and method.tuner == "mixture"
+        if bank.low_rank and method.tuner == "mixture"
     ]
     return {
         f"the order of {sequences:,} sequences": INDEX_BYTES * sequences,
