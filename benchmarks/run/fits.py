@@ -81,7 +81,7 @@ def _on_host(prepared: Prepared) -> dict[str, float]:
     t = prepared.cfg.train
     rows = len(prepared.mixed[0])
     sequences = t.steps * t.batch_size * t.accumulation if t.steps else int(t.epochs * rows)
-    banks = [
+    banks: list[Any] = [
         bank
         for method in (prepared.method, *(method for _, method in prepared.method.layers))
         for mixture in method.mixtures
