@@ -336,3 +336,16 @@ def test_training_after_a_pass_in_inference_mode(name):
     task, extra = losses(model.train(), inputs, answer_only(inputs["input_ids"]))
     (task + sum(extra.values())).backward()
     assert all(p.grad is not None for n, p in trainable(model).items() if "B" in n)
+
+
+@pytest.mark.parametrize("name", ["molora", "mixlora", "moa_soft", "moa_instance"])
+def test_a_model_built_in_inference_mode_generates(name):
+    with torch.inference_mode():
+        model = attached(name)
+    inputs = {k: v for k, v in batch().items() if k != "position_ids"}
+    with torch.no_grad():
+        found = model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = attached(name).generate(
+        **inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(found, expected)

@@ -50,11 +50,13 @@ class Seam(base.Seam):
         """Frozen keys and values of a parameter x [N, d]; kept while a KV cache is continued, as decoding
         asks for each token."""
         layer = owner.layer
-        if torch.is_grad_enabled() or x.is_inference():
+        if torch.is_grad_enabled():
             return keys_values(layer, x.to(dtype))
         frozen = [
             base_of(getattr(p.parent, p.attribute)).weight for p in (layer.places["k"], layer.places["v"])
         ]
+        if any(t.is_inference() for t in (x, *frozen)):  # they do not tell when they have changed
+            return keys_values(layer, x.to(dtype))
         stamp = (dtype, *((t.data_ptr(), t._version) for t in (x, *frozen)))
         if not owner.context.continues or self.kept.get(id(x), (None,))[0] != stamp:
             self.kept[id(x)] = (stamp, keys_values(layer, x.to(dtype)))
