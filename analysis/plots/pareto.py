@@ -25,9 +25,8 @@ COSTS = {
 CAPTION = (
     "Mean accuracy over tasks and seeds against cost. Bars: 95 % interval over seeds (Student's; none with "
     "one seed). Line: the Pareto front, entries that none at hand beats in both; where intervals overlap, "
-    "its "
-    "order is not shown. Dotted: the frozen base. Time and memory are those of the machines that the runs "
-    "were made on."
+    "its order is not shown. Dotted: the frozen base. Time and memory are those of the machines that the "
+    "runs were made on."
 )
 
 

@@ -92,8 +92,7 @@ def load_adapter(model: Any, folder: str | Path, fingerprint: str | None = None)
     if "contents" in card and card["contents"] != contents(folder)["contents"]:
         raise ConfigError(
             f"{what}: {CONFIG} or {TENSORS} is not what the run wrote, by the hashes in base.json. Expected "
-            "the "
-            "adapter/ folder as it was."
+            "the adapter/ folder as it was."
         )
     try:
         config = _config(data, max((n for t in stored.values() for n in t.shape), default=0), model, what)

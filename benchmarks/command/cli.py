@@ -155,10 +155,9 @@ def _worker_gone(argv: list[str], started: float) -> RunError:
         name for name, status in found if status["state"] == "running" and status.get("started", "") >= since
     ]
     return RunError(
-        f"a worker was killed (by the kernel, where the memory did not do) while these ran: "
+        "a worker was killed (by the kernel, where the memory did not do) while these ran: "
         f"{', '.join(ran) or 'none'}. The same command goes on: what is finished is found, the others "
-        "resume; "
-        "fewer hydra.launcher.n_jobs need less memory."
+        "resume; fewer hydra.launcher.n_jobs need less memory."
     )
 
 

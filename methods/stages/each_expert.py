@@ -26,8 +26,7 @@ class EachExpert(Stage):
             if mixture.router.kind != "label_classifier":
                 raise ConfigError(
                     f"router.kind={mixture.router.kind}: expected label_classifier, which sends the rows of "
-                    "a label "
-                    "to its expert while it trains."
+                    "a label to its expert while it trains."
                 )
             for name, bank in mixture.banks.items():
                 if not {"A", "B"} <= bank.owners.keys():

@@ -202,10 +202,8 @@ def require_whole(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     if count != len(layers):
         raise ConfigError(
             f"{type(model).__name__} has {count} decoder layers, of which {len(layers)} have an attention "
-            "with "
-            f"{'|'.join(PEFT_NAMES['q'])} ({', '.join(list(layers)[:3])}, ...): the others would be left as "
-            "they are. "
-            "Expected a model whose layers are all alike."
+            f"with {'|'.join(PEFT_NAMES['q'])} ({', '.join(list(layers)[:3])}, ...): the others would be "
+            "left as they are. Expected a model whose layers are all alike."
         )
 
 

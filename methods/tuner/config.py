@@ -121,6 +121,5 @@ def _require_targets(model: nn.Module, config: LoraConfig, method: Method) -> No
         if name.rpartition(".")[2] in config.target_modules and id(module) not in inside:
             raise ConfigError(
                 f"{name}: tuner=peft would adapt it too, since PEFT goes by names, and it is no part of a "
-                "text layer; "
-                "expected a model of text alone."
+                "text layer; expected a model of text alone."
             )

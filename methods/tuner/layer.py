@@ -196,10 +196,8 @@ class MixtureLayer(nn.Module, BaseTunerLayer):
         if found is None and self.training and getattr(self.layer.module, "gradient_checkpointing", False):
             raise ConfigError(
                 f"{type(self.layer.module).__name__}: gradient checkpointing recomputes this layer without "
-                "the "
-                "keyword arguments of its pass, so that routers would miss padding, prompts and the "
-                "recorder; expected "
-                "train.gradient_checkpointing=false for this architecture."
+                "the keyword arguments of its pass, so that routers would miss padding, prompts and the "
+                "recorder; expected train.gradient_checkpointing=false for this architecture."
             )
         return found or Context()
 

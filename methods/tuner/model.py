@@ -188,9 +188,8 @@ class MixtureModel(BaseTuner):
         )
         if chunk and self._active_layers()[0].plan is not None and self._pools():
             raise ConfigError(
-                f"prefill_chunk_size={chunk}: expected none, since a router of this adapter decides from "
-                "the whole "
-                "prompt, and would see its first part alone."
+                f"prefill_chunk_size={chunk}: expected none, since a router of this adapter decides from the "
+                "whole prompt, and would see its first part alone."
             )
         self.__dict__["prompt_length"] = None if tokens is None else tokens.shape[1]
         self.__dict__["prompt_padding"] = kwargs.get("attention_mask")
@@ -237,9 +236,8 @@ class MixtureModel(BaseTuner):
                 tokens.shape[:2]
             )
         if self._active_layers()[0].plan.attention:
-            attention.route_attention(
-                self.model
-            )  # a no-op, unless somebody has set another implementation since
+            # a no-op, unless somebody has set another implementation since
+            attention.route_attention(self.model)
             if given.get("position_ids") is None and mask is not None and len(args) < 3:
                 # Prompts have no positions, so that for them a shift by left padding is no mere shift.
                 whole = given["attention_mask"].long().cumsum(-1) - 1
@@ -336,10 +334,8 @@ def refuse_adapted(model: nn.Module) -> None:
         if isinstance(module, BaseTunerLayer) and not isinstance(module, MixtureLayer):
             raise ConfigError(
                 f"{name} is a {type(module).__module__}.{type(module).__name__}: this model has an adapter "
-                "of PEFT "
-                "already, which a mixture would not run. Expected a model without one: merge_and_unload() "
-                "or unload() "
-                "it first."
+                "of PEFT already, which a mixture would not run. Expected a model without one: "
+                "merge_and_unload() or unload() it first."
             )
 
 
@@ -368,8 +364,7 @@ def check_prompts(prompt: Tensor, mask: Tensor | None) -> None:
     there = (prompt if mask is None else prompt & mask).any(1)
     what = (
         "expected -100 at the prompt's tokens, or prompt_mask, since a router of this adapter decides from "
-        "the prompt "
-        "and labels=input_ids does not say where it ends."
+        "the prompt and labels=input_ids does not say where it ends."
     )
     try:
         torch._assert_async(there.all(), f"labels: a sequence has no -100; {what}")

@@ -37,10 +37,9 @@ def feed_forward(layer: DecoderLayer) -> None:
     theirs = (given[0] if isinstance(given, tuple) else given).view_as(ours)
     if (error := _error(ours, theirs)) > _bound(layer, x):
         raise ConfigError(
-            f"feed-forward block {type(block).__name__} of '{layer.name}': it is no down(act(gate x) * up "
-            "x) (off by "
-            f"{error:.1g} on random inputs), which experts that share it need; expected experts beside it "
-            "(parallel_adapter) or on its linears (lora)."
+            f"feed-forward block {type(block).__name__} of '{layer.name}': it is no down(act(gate x) * up x) "
+            f"(off by {error:.1g} on random inputs), which experts that share it need; expected experts "
+            "beside it (parallel_adapter) or on its linears (lora)."
         )
 
 
@@ -60,8 +59,7 @@ def keys(model: nn.Module, layer: DecoderLayer) -> None:
         raise ConfigError(
             f"{type(layer.attention).__name__} of '{layer.name}': its keys could not be checked "
             f"({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}), which "
-            "prompts inside "
-            "attention need; expected a method without `prompt`."
+            "prompts inside attention need; expected a method without `prompt`."
         ) from error
     ours = keys_values(layer, x)  # [N, H, hd], repeated over grouped heads
     repeat = ours[0].shape[1] // seen["key"].shape[1]
@@ -70,10 +68,8 @@ def keys(model: nn.Module, layer: DecoderLayer) -> None:
         if (error := _error(mine, theirs)) > _bound(layer, x):
             raise ConfigError(
                 f"{type(layer.attention).__name__} of '{layer.name}': it transforms its {name}s in a way "
-                "that is not "
-                f"known here (off by {error:.1g} on random inputs), which prompts inside attention need; "
-                "expected a "
-                "method without `prompt`."
+                f"that is not known here (off by {error:.1g} on random inputs), which prompts inside "
+                "attention need; expected a method without `prompt`."
             )
 
 

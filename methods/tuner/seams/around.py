@@ -26,8 +26,7 @@ class Seam(base.Seam):
             if heads > 1 and heads * width != place.shape[1]:
                 raise ConfigError(
                     f"experts.{entry.name}: {place.role} of '{layer.name}' gives {place.shape[1]} numbers, "
-                    "which are "
-                    f"no whole heads of {width}."
+                    f"which are no whole heads of {width}."
                 )
 
     def declared(self, layer: DecoderLayer):
